@@ -1,0 +1,247 @@
+"""Tables and a picture of a run, from its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from . import targets
+
+Row = Mapping[str, Any]
+
+_CASE = ("op", "mode", "dtype", "n", "m", "d")
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    if math.isnan(value):
+        return "nan"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.1e}"
+    # significant digits, but integers whole: 1414, 52.3, 0.48
+    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0) if value else 0
+    return f"{value:.{decimals}f}"
+
+
+def _case(row: Row) -> str:
+    sizes = [row["n"], row["d"]] if row["n"] == row["m"] else [row["n"], row["m"], row["d"]]
+    return f"{row['op']} {row['mode']} {row['dtype']} {'x'.join(map(str, sizes))}"
+
+
+def _provider(row: Row) -> str:
+    tight = row["workspace_mb"] is not None
+    return row["provider"] + (f" ({row['workspace_mb']} MB)" if tight else "")
+
+
+def _errors(row: Row) -> str:
+    """Error of the loss / the largest one of the gradients, and the N of it if not the row's."""
+    if not row["err"]:
+        return "-"
+    grads = [value for name, value in row["err"].items() if name != "loss"]
+    text = f"{row['err']['loss']:.0e}"
+    if grads:
+        worst = math.nan if any(map(math.isnan, grads)) else max(grads)
+        text += f" / {worst:.0e}"
+    return text if row["err_n"] == row["n"] else f"{text} at N={row['err_n']}"
+
+
+def _marks(row: Row) -> str:
+    marks = []
+    if row["ours"] and not row["counts"] and row["status"] == "ok":
+        marks.append("not our kernel")
+    if row["ours"] and row["speedup"] is not None and row["speedup"] < 1:
+        marks.append("LOSES")
+    if row["suspicious"]:
+        marks.append("SUSPICIOUS: above the measured limit")
+    if row["status"] != "ok":
+        marks.append(f"{row['status']}: {row['reason']}")
+    return "; ".join(marks)
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("case", _case),
+    ("provider", _provider),
+    ("backend", lambda r: r["backend"] or "-"),
+    ("ms", lambda r: _number(r["ms"])),
+    ("p20-p80", lambda r: f"{_number(r['ms_p20'])}-{_number(r['ms_p80'])}" if r["ms"] else "-"),
+    ("n", lambda r: str(r["samples"] or "-")),
+    ("TFLOP/s", lambda r: _number(r["tflops"])),
+    ("GB/s", lambda r: _number(r["gbps"])),
+    ("roofline", lambda r: "-" if r["roofline_pct"] is None else f"{r['roofline_pct']:.0f} %"),
+    ("err loss / grads", _errors),
+    ("vs best peer", lambda r: "-" if r["speedup"] is None else f"{r['speedup']:.2f}x"),
+    ("", _marks),
+)
+_MEMORY_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("case", _case),
+    ("provider", _provider),
+    ("backend", lambda r: r["backend"] or "-"),
+    ("MiB above inputs and gradients", lambda r: _number(r["peak_mib"])),
+    ("", _marks),
+)
+_COST_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("cost", lambda r: r["name"]),
+    ("op", lambda r: r["op"] or "-"),
+    ("value", lambda r: f"{_number(r['value'])} {r['unit']}"),
+    ("what", lambda r: r["note"]),
+    ("", _marks),
+)
+
+
+def _grid(lines: Sequence[Sequence[str]], markdown: bool) -> str:
+    if markdown:
+        text = ["| " + " | ".join(line) + " |" for line in lines]
+        return "\n".join([text[0], "|" + "---|" * len(lines[0]), *text[1:]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ["  ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)).rstrip() for x in lines]
+    return "\n".join([padded[0], "-" * min(sum(widths) + 2 * len(widths), 150), *padded[1:]])
+
+
+def _section(
+    rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]], markdown: bool
+) -> str:
+    lines: list[list[str]] = [[title for title, _ in columns]]
+    previous = None
+    for row in rows:
+        line = [show(row) for _, show in columns]
+        # a case is named once
+        if not markdown and line[0] == previous:
+            line[0] = ""
+        else:
+            previous = line[0]
+        lines.append(line)
+    if all(not line[-1] for line in lines):
+        lines = [line[:-1] for line in lines]
+    return _grid(lines, markdown)
+
+
+def headlines(rows: Iterable[Row]) -> list[str]:
+    """Per op, mode, dtype and workspace: the ratio to the best peer, and how many rows lose."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row["kind"] == "time" and row["counts"] and row["speedup"] is not None:
+            key = row["op"], row["mode"], row["dtype"], row["workspace_mb"]
+            groups.setdefault(key, []).append(row["speedup"])
+    lines = []
+    for (op, mode, dtype, workspace), ratios in groups.items():
+        geomean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        tight = "" if workspace is None else f" workspace_mb={workspace}"
+        lines.append(
+            f"{op} {mode} {dtype}{tight}: {geomean:.2f}x the best peer (geomean), worst "
+            f"{min(ratios):.2f}x, {sum(r < 1 for r in ratios)} of {len(ratios)} rows lose"
+        )
+    return lines or ["no row of ours counts"]
+
+
+def _about(rows: Sequence[Row]) -> list[str]:
+    row = rows[0]
+    machine = row["machine"]
+    commit = (row["commit"] or "unknown")[:12] + (" + local changes" if row["dirty"] else "")
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, kernels on {machine['cpu_isa']}, torch "
+        f"{machine['torch']} ({machine['torch_capability']}), Python {machine['python']}; "
+        f"commit {commit}; {row['time']}"
+    ]
+    peaks = {r["dtype"]: r["peak_tflops"] for r in rows if r["peak_tflops"] is not None}
+    copy = next((r["peak_gbps"] for r in rows if r["peak_gbps"] is not None), None)
+    if peaks:
+        limits = ", ".join(f"{dtype} {peak * 1e3:.0f} GFLOP/s" for dtype, peak in peaks.items())
+        lines.append(f"measured limits: {limits}, copy {copy:.1f} GB/s")
+    loads = [r["other_load"] for r in rows if r["other_load"] is not None]
+    if loads and max(loads) > 0.05:
+        lines.append(
+            f"WARNING: other processes took {max(loads):.0%} of this machine during the run"
+        )
+    return lines
+
+
+def table(rows: Sequence[Row], markdown: bool = False) -> str:
+    """All rows as text: times, memory, costs, the machine, and the headline ratios."""
+    if not rows:
+        return "no rows"
+    parts = []
+    for kind, columns in (("time", _COLUMNS), ("memory", _MEMORY_COLUMNS), ("cost", _COST_COLUMNS)):
+        found = [row for row in rows if row["kind"] == kind]
+        if found:
+            parts.append(_section(found, columns, markdown))
+    notes = _about(rows) + (headlines(rows) if any(r["kind"] == "time" for r in rows) else [])
+    parts.append("\n".join(f"- {note}" for note in notes) if markdown else "\n".join(notes))
+    return "\n\n".join(parts)
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """Bars of milliseconds (log scale), a panel an op, mode and dtype; ours carry the ratio."""
+    # imported here: tables need no matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    timed = [row for row in rows if row["kind"] == "time" and row["ms"] is not None]
+    panels = sorted({(r["op"], r["mode"], r["dtype"]) for r in timed})
+    if not panels:
+        raise ValueError("plot: no row was timed")
+    across = min(len(panels), 2)
+    down = math.ceil(len(panels) / across)
+    names = list(dict.fromkeys(_provider(row) for row in timed))
+    most = max(len({_case(r) for r in timed if _panel(r) == panel}) for panel in panels)
+    width = max(5.0, 1.2 + 0.22 * most * len(names))
+    figure = Figure(figsize=(width * across, 3.4 * down + 0.8), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        mine = [row for row in timed if _panel(row) == panel]
+        cases = list(dict.fromkeys(_case(row) for row in mine))
+        shown = [name for name in names if any(_provider(row) == name for row in mine)]
+        size = 0.84 / len(shown)
+        for row in mine:
+            i = shown.index(_provider(row))
+            x = cases.index(_case(row)) + (i - (len(shown) - 1) / 2) * size
+            spread = [[row["ms"] - row["ms_p20"]], [row["ms_p80"] - row["ms"]]]
+            color = f"C{names.index(_provider(row)) % 10}"
+            axes.bar(x, row["ms"], size * 0.92, color=color, yerr=spread, ecolor="0.3")
+            if row["ours"] and row["speedup"] is not None:
+                text = f"{row['speedup']:.2f}x" + ("" if row["counts"] else "*")
+                axes.annotate(
+                    text,
+                    (x, row["ms_p80"]),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    rotation=90,
+                    fontsize=7,
+                )
+        axes.set_yscale("log")
+        axes.margins(y=0.2)
+        axes.set_xticks(range(len(cases)), [case.split()[-1] for case in cases])
+        axes.set_title(" ".join(panel))
+        axes.set_xlabel("N x D")
+        axes.set_ylabel("ms (log)")
+        axes.grid(axis="y", which="both", color="0.9")
+        axes.set_axisbelow(True)
+    handles = [Patch(color=f"C{i % 10}") for i in range(len(names))]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4))
+    note = "above ours: ratio to the best peer (* not run by our kernel)"
+    figure.suptitle(f"{_about(rows)[0].split(';')[0]}\n{note}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _panel(row: Row) -> tuple[str, str, str]:
+    return row["op"], row["mode"], row["dtype"]
+
+
+def show(rows: Sequence[Row], markdown: bool, picture: str | None, check: bool) -> int:
+    """Prints the table, and under `check` every target; the exit status."""
+    print(table(rows, markdown))
+    if picture:
+        plot(rows, picture)
+    if not check:
+        return 0
+    verdicts = targets.check(rows)
+    print("\n" + "\n".join(map(str, verdicts)))
+    missed = [verdict for verdict in verdicts if verdict.ok is False]
+    held = [verdict for verdict in verdicts if verdict.ok]
+    print(f"\n{len(held)} targets hold, {len(missed)} missed, {len(verdicts)} in all")
+    return 1 if missed or not held else 0

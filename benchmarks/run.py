@@ -1,0 +1,208 @@
+"""`python -m benchmarks run`: our ops and their peers, side by side in one process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+
+import torch
+
+from . import cost, measure, peers, record, report, roofline, targets
+from .measure import Case, Settings
+from .record import Row
+
+_OPS = {"contrastive": peers.OPS, **{op: (op,) for op in peers.OPS}}
+_MODES = ("fwd", "full")
+
+
+def _list(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        items = text.split(",")
+        unknown = [item for item in items if item not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
+        return items
+
+    return parse
+
+
+def _shapes(text: str) -> list[tuple[int, int, int]]:
+    shapes = []
+    for item in text.split(","):
+        try:
+            sizes = [int(size) for size in item.split("x")]
+        except ValueError:
+            sizes = []
+        if len(sizes) not in (2, 3) or min(sizes) < 1:
+            raise argparse.ArgumentTypeError(f"{item!r} is not NxD or NxMxD")
+        shapes.append((sizes[0], sizes[-2] if len(sizes) == 3 else sizes[0], sizes[-1]))
+    return shapes
+
+
+def _peer_names(text: str) -> str:
+    try:
+        peers.choose(peers.OPS[0], text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    add = parser.add_argument
+    add("--op", choices=sorted(_OPS), default="contrastive", help="contrastive is both losses")
+    add("--mode", type=_list(_MODES), default=["full"], help="fwd,full (default: full)")
+    add("--dtype", type=_list(roofline.DTYPES), default=["fp32", "bf16"], help="fp32,bf16,fp16")
+    add("--peers", type=_peer_names, default="all", help="all, none or names with commas")
+    add("--shapes", type=_shapes, help="NxD or NxMxD, with commas (default: those of the targets)")
+    add("--workspace-mb", type=_positive, help="of ours (default: its own, and a tight one)")
+    add("--backend", default="auto", help="of ours; `reference` never counts as ours")
+    add("--threads", type=_positive, default=2)
+    add("--repeats", type=_positive, help="rounds at least (default: 5, quick 3)")
+    add("--min-time", type=float, help="seconds of rounds a case at least (default: 2, quick 0.5)")
+    add("--quick", action="store_true", help="the smallest shape only, few repeats")
+    add("--memory", action="store_true", help="peak memory of ours and of the peers that fit")
+    add("--memory-shape", type=_shapes, help="N of the memory pass (default: that of the targets)")
+    add("--check", action="store_true", help="hold the run to the targets; exit status 1 if missed")
+    add("--json", metavar="FILE", help="write a JSON line a row, over what the file holds")
+    add("--append", action="store_true", help="append to --json instead")
+    add("--plot", metavar="FILE", help="write a picture of the times")
+    add("--markdown", action="store_true", help="print tables in Markdown")
+
+
+def cases(args: argparse.Namespace) -> list[tuple[Case, list[int | None]]]:
+    """What to time, and with which workspaces of ours (None: its default)."""
+    shapes = args.shapes
+    if shapes is None:
+        shapes = [(n, n, d) for n, d in (targets.SHAPES[:1] if args.quick else targets.SHAPES)]
+    found = []
+    for op in _OPS[args.op]:
+        for mode in args.mode:
+            for dtype in args.dtype:
+                for n, m, d in shapes:
+                    workspaces: list[int | None] = [args.workspace_mb]
+                    tight = op == "clip_loss" and (n, d) in targets.TIGHT and n == m
+                    if tight and mode == "full" and args.workspace_mb is None:
+                        workspaces.append(targets.TIGHT_MB)
+                    found.append((Case(op, mode, dtype, n, m, d), workspaces))
+    return found
+
+
+def _memory_cases(args: argparse.Namespace) -> list[tuple[Case, int | None]]:
+    n, d = targets.MEMORY_SHAPE
+    (n, m, d), *_ = args.memory_shape or [(n, n, d)]
+    workspace = args.workspace_mb or targets.MEMORY_MB
+    choices = [(op, dtype) for op in _OPS[args.op] for dtype in args.dtype]
+    return [(Case(op, "full", dtype, n, m, d), workspace) for op, dtype in choices]
+
+
+def _providers(
+    op: str, workspaces: Sequence[int | None], args: argparse.Namespace
+) -> list[peers.Provider]:
+    mine = [peers.ours(op, workspace, args.backend) for workspace in workspaces]
+    return mine + peers.choose(op, args.peers)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _repro(row: Row, args: argparse.Namespace) -> str:
+    if row.kind == "cost":
+        return "python -m benchmarks cost"
+    shape = f"{row.n}x{row.m}x{row.d}"
+    parts = [f"python -m benchmarks run --op {row.op} --mode {row.mode} --dtype {row.dtype}"]
+    parts.append(f"--peers {args.peers} --threads {args.threads}")
+    if args.backend != "auto":
+        parts.append(f"--backend {args.backend}")
+    if row.workspace_mb is not None:
+        parts.append(f"--workspace-mb {row.workspace_mb}")
+    if row.kind == "memory":
+        return " ".join([*parts, f"--shapes 16x16 --memory --memory-shape {shape}"])
+    return " ".join([*parts, f"--shapes {shape}"])
+
+
+def finish(rows: Sequence[Row], limits: roofline.Roofline) -> None:
+    """Fills in what needs all rows of a case, and the limits of the whole run."""
+    for row in rows:
+        if row.kind != "time" or row.ms is None:
+            continue
+        assert row.flops is not None
+        assert row.bytes is not None
+        assert row.dtype is not None
+        seconds = row.ms / 1e3
+        row.tflops, row.gbps = row.flops / seconds / 1e12, row.bytes / seconds / 1e9
+        row.peak_tflops, row.peak_gbps = limits.flops[row.dtype] / 1e12, limits.bytes / 1e9
+        row.roofline_pct = 100 * limits.seconds(row.dtype, row.flops, row.bytes) / seconds
+        row.suspicious = row.roofline_pct > 100
+        rivals = [r for r in rows if not r.ours and r.ms is not None and _same_case(r, row)]
+        if rivals:
+            best = min(rivals, key=lambda r: r.ms or 0.0)
+            assert best.ms is not None
+            row.best_peer, row.speedup = best.provider, best.ms / row.ms
+
+
+def _same_case(a: Row, b: Row) -> bool:
+    return all(
+        getattr(a, k) == getattr(b, k) for k in ("kind", "op", "mode", "dtype", "n", "m", "d")
+    )
+
+
+def measure_all(args: argparse.Namespace) -> list[Row]:
+    """All rows of a run, finished."""
+    torch.set_num_threads(args.threads)
+    settings = Settings(
+        threads=args.threads,
+        backend=args.backend,
+        repeats=args.repeats or (3 if args.quick else 5),
+        min_time=args.min_time if args.min_time is not None else (0.5 if args.quick else 2.0),
+    )
+    load = record.OtherLoad()
+    budget = 1.0 if args.quick else 4.0
+    _say("measuring the roofline")
+    limits = roofline.measure(args.dtype, budget)
+    rows: list[Row] = []
+    # Provider objects are made once: errors against fp64 are remembered by them.
+    known: dict[tuple[str, tuple[int | None, ...]], list[peers.Provider]] = {}
+    for case, workspaces in cases(args):
+        _say(f"timing {case}")
+        key = case.op, tuple(workspaces)
+        if key not in known:
+            known[key] = _providers(case.op, workspaces, args)
+        rows += measure.time_case(case, known[key], settings)
+    # Again, since the machine may have been busy the first time.
+    limits = limits.best(roofline.measure(args.dtype, budget))
+    finish(rows, limits)
+    if args.memory or (args.check and not args.quick):
+        for case, workspace in _memory_cases(args):
+            names = args.peers if args.memory else "none"
+            for provider in [
+                peers.ours(case.op, workspace, args.backend),
+                *peers.choose(case.op, names),
+            ]:
+                _say(f"memory of {case}: {provider.key}")
+                rows.append(measure.memory_case(case, provider, settings))
+    if args.check and not args.quick:
+        _say("the cost of having it")
+        rows += cost.measure_all()
+    share = load.share()
+    for row in rows:
+        row.other_load, row.repro = share, _repro(row, args)
+    return rows
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs, prints, writes; under --check, 1 if a target was missed or no target was run."""
+    rows = measure_all(args)
+    if args.json:
+        record.write(rows, args.json, args.append)
+    return report.show([asdict(row) for row in rows], args.markdown, args.plot, args.check)

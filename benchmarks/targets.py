@@ -1,0 +1,163 @@
+"""What `--check` holds a run to. A ratio is the best peer's time over ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+SHAPES = tuple((n, d) for n in (2048, 4096, 8192) for d in (512, 768))
+TIGHT = ((8192, 512),)
+"""Shapes that are also run with a workspace too small to keep the similarity."""
+TIGHT_MB = 16
+MEMORY_SHAPE = (32768, 512)
+MEMORY_MB = 32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Forward and backward, 2 threads; `share` of the measured limit is only reported."""
+
+    op: str
+    dtype: str
+    geomean: float
+    floor: float
+    share: float | None
+    workspace_mb: int | None = None
+    shapes: tuple[tuple[int, int], ...] = SHAPES
+
+
+@dataclass(frozen=True)
+class Memory:
+    """MiB above inputs and gradients at `MEMORY_SHAPE` with workspace_mb=`MEMORY_MB`."""
+
+    op: str
+    dtype: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    name: str
+    limit: float
+    unit: str
+    why: str = ""
+
+
+SPEED = (
+    Speed("clip_loss", "fp32", 1.4, 1.25, 0.90),
+    Speed("clip_loss", "bf16", 1.35, 1.2, 0.88),
+    Speed("clip_loss", "fp32", 1.05, 1.05, None, TIGHT_MB, TIGHT),
+    Speed("clip_loss", "bf16", 1.05, 1.05, None, TIGHT_MB, TIGHT),
+    Speed("siglip_loss", "fp32", 1.5, 1.3, 0.92),
+    Speed("siglip_loss", "bf16", 1.5, 1.3, 0.90),
+)
+MEMORY = tuple(
+    Memory(op, dtype, limit)
+    for op in ("clip_loss", "siglip_loss")
+    for dtype, limit in (("fp32", 40), ("bf16", 105))
+)
+COST = (
+    Cost("import", 0.1, "s", "above torch's own"),
+    Cost("call, no gradients", 4, "us", "above the bare kernel, 1 thread"),
+    Cost("call, gradients", 9, "us", "above the bare kernel, 1 thread"),
+    Cost("build", 180, "s", "cold, with CUDA, 2 cores"),
+    Cost("wheel", 20, "MB"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target against a run; `ok` is None where the run has nothing to say about it."""
+
+    what: str
+    want: str
+    got: str
+    ok: bool | None
+
+    def __str__(self) -> str:
+        state = {True: "ok", False: "MISS", None: "not run"}[self.ok]
+        return f"{state:8} {self.what:50} want {self.want:24} got {self.got}"
+
+
+def check(rows: Iterable[Row]) -> list[Verdict]:
+    """Every target against the rows of a run.
+
+    A row of ours that failed, that had no peer to compare with, or that a fallback ran is a miss of
+    its target; `got` says how many shapes were not run.
+    """
+    rows = [row for row in rows if row["ours"]]
+    verdicts = [_speed(t, [r for r in rows if r["kind"] == "time"]) for t in SPEED]
+    verdicts += [_memory(t, [r for r in rows if r["kind"] == "memory"]) for t in MEMORY]
+    return verdicts + [_cost(t, [r for r in rows if r["kind"] == "cost"]) for t in COST]
+
+
+def _speed(target: Speed, rows: list[Row]) -> Verdict:
+    what = f"{target.op} full {target.dtype}"
+    if target.workspace_mb is not None:
+        what += f" workspace_mb={target.workspace_mb}"
+    want = f"geomean {target.geomean:g}x, floor {target.floor:g}x"
+    found: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        shape = (row["n"], row["d"])
+        key = (row["op"], row["mode"], row["dtype"], row["workspace_mb"])
+        wanted = (target.op, "full", target.dtype, target.workspace_mb)
+        if key == wanted and row["n"] == row["m"] and shape in target.shapes:
+            found[shape] = row
+    if not found:
+        return Verdict(what, want, "", None)
+    bad = [_reason(row) for row in found.values() if _reason(row)]
+    if bad:
+        return Verdict(what, want, f"{len(bad)} of {len(found)} rows do not count: {bad[0]}", False)
+    ratios = {shape: row["speedup"] for shape, row in found.items()}
+    geomean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+    worst = min(ratios, key=lambda shape: ratios[shape])
+    got = f"{geomean:.2f}x, worst {ratios[worst]:.2f}x at {worst[0]}x{worst[1]}"
+    shares = [row["roofline_pct"] for row in found.values() if row["roofline_pct"] is not None]
+    if shares and target.share is not None:
+        got += f"; share {min(shares):.0f}-{max(shares):.0f} % (target {target.share:.0%})"
+    if len(found) < len(target.shapes):
+        got += f"; only {len(found)} of {len(target.shapes)} shapes run"
+    return Verdict(what, want, got, geomean >= target.geomean and ratios[worst] >= target.floor)
+
+
+def _reason(row: Row) -> str:
+    """Why a row of ours proves nothing, or an empty string."""
+    if row["status"] != "ok":
+        return row["reason"] or row["status"]
+    if not row["counts"]:
+        return f"backend {row['backend']} ran it"
+    if row["kind"] == "time" and row["speedup"] is None:
+        return "no peer ran"
+    return ""
+
+
+def _memory(target: Memory, rows: list[Row]) -> Verdict:
+    what = f"{target.op} full {target.dtype} memory, N={MEMORY_SHAPE[0]}"
+    want = f"<= {target.limit:g} MiB"
+    key = (target.op, target.dtype, *MEMORY_SHAPE, MEMORY_MB)
+    found = [r for r in rows if (r["op"], r["dtype"], r["n"], r["d"], r["workspace_mb"]) == key]
+    if not found:
+        return Verdict(what, want, "", None)
+    row = found[-1]
+    if _reason(row):
+        return Verdict(what, want, _reason(row), False)
+    return Verdict(what, want, f"{row['peak_mib']:.1f} MiB", row["peak_mib"] <= target.limit)
+
+
+def _cost(target: Cost, rows: list[Row]) -> Verdict:
+    what = f"{target.name} ({target.why})" if target.why else target.name
+    want = f"<= {target.limit:g} {target.unit}"
+    found = [row for row in rows if row["name"] == target.name]
+    if not found:
+        return Verdict(what, want, "", None)
+    # One cost may be measured for several ops: the worst counts.
+    failed = [row for row in found if _reason(row)]
+    if failed:
+        return Verdict(what, want, _reason(failed[0]), False)
+    row = max(found, key=lambda r: r["value"])
+    got = f"{row['value']:.3g} {target.unit}" + (f" ({row['op']})" if row["op"] else "")
+    return Verdict(what, want, got, row["value"] <= target.limit)

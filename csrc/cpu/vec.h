@@ -1,0 +1,169 @@
+// Sixteen-lane vectors for the CPU kernels, written once: the compiler lowers them to one zmm, two
+// ymm or four xmm registers. Only for files compiled per ISA (namespace cpu::VLM_ISA); keep STL and
+// torch headers out of those, since an inline function compiled for AVX may win at link time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace vlm::cpu::VLM_ISA {
+
+constexpr int kLanes = 16;
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+// Unaligned, aliasing twins for memory access.
+typedef float vf_mem __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t vi_mem __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t vu_mem __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vh_mem __attribute__((vector_size(32), aligned(2), may_alias));
+
+#define VLM_INLINE static inline __attribute__((always_inline))
+
+VLM_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
+VLM_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_mem*>(p); }
+VLM_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_mem*>(p); }
+VLM_INLINE vh load(const uint16_t* p) { return *reinterpret_cast<const vh_mem*>(p); }
+VLM_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_mem*>(p) = x; }
+VLM_INLINE void store(uint32_t* p, vu x) { *reinterpret_cast<vu_mem*>(p) = x; }
+VLM_INLINE void store(uint16_t* p, vh x) { *reinterpret_cast<vh_mem*>(p) = x; }
+
+VLM_INLINE vf broadcast(float x) { return x - vf{}; }
+VLM_INLINE vi broadcast(int32_t x) { return x - vi{}; }
+VLM_INLINE vi iota(int32_t first) {
+  return first + vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+}
+
+// A NaN in x is dropped: sums, not maxima, carry NaN to the result.
+VLM_INLINE vf max(vf accumulator, vf x) { return x > accumulator ? x : accumulator; }
+
+VLM_INLINE float hsum(vf x) {
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 a, b;
+  std::memcpy(&a, &x, 32);
+  std::memcpy(&b, reinterpret_cast<char*>(&x) + 32, 32);
+  a += b;
+  v4 c, d;
+  std::memcpy(&c, &a, 16);
+  std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+VLM_INLINE float hmax(vf x) {
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 a, b;
+  std::memcpy(&a, &x, 32);
+  std::memcpy(&b, reinterpret_cast<char*>(&x) + 32, 32);
+  a = a > b ? a : b;
+  v4 c, d;
+  std::memcpy(&c, &a, 16);
+  std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
+  c = c > d ? c : d;
+  const float e = c[0] > c[2] ? c[0] : c[2], f = c[1] > c[3] ? c[1] : c[3];
+  return e > f ? e : f;
+}
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLowest = -3.402823466e+38f;
+
+// 2^x for x <= 127; about 1e-38 below -126 and for -inf; NaN stays NaN. Chebyshev fit of degree 6
+// on [-1/2, 1/2]: the rounding of fp32 is what is left.
+VLM_INLINE vf exp2(vf x) {
+  const vf y = x < -126.f ? broadcast(-126.f) : x;
+  const vf magic = broadcast(12582912.f);  // 1.5 * 2^23: the low mantissa bits become round(y)
+  const vf shifted = y + magic;
+  const vf f = y - (shifted - magic);
+  vf p = f * 1.54697320e-4f + 1.34004322e-3f;
+  p = p * f + 9.6180256e-3f;
+  p = p * f + 5.55032721e-2f;
+  p = p * f + 2.40226512e-1f;
+  p = p * f + 6.93147207e-1f;
+  p = p * f + 1.f;
+  const vf r = (vf)((vi)p + ((vi)shifted << 23));
+  return x == x ? r : x;
+}
+
+// log(1 + e) for e in [0, 1]; relative error 1e-7 however small e is (Chebyshev fit of
+// log1p(e) / e, degree 9).
+VLM_INLINE vf log1p_unit(vf e) {
+  vf p = e * -0.00325637848f + 0.019907161f;
+  p = p * e - 0.0570642008f;
+  p = p * e + 0.106142647f;
+  p = p * e - 0.153118631f;
+  p = p * e + 0.196781173f;
+  p = p * e - 0.249545589f;
+  p = p * e + 0.33330004f;
+  p = p * e - 0.49999904f;
+  p = p * e + 0.999999995f;
+  return p * e;
+}
+
+// Bits of x rounded to bf16 (nearest even) in the upper half of each word; the lower half is junk.
+VLM_INLINE vu bf16_bits(vf x) {
+  const vu bits = (vu)x;
+  const vu rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+  return x == x ? rounded : (bits | 0x00400000u);
+}
+
+VLM_INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+VLM_INLINE vh to_bf16(vf x) { return __builtin_convertvector(bf16_bits(x) >> 16, vh); }
+
+// IEEE half to float: shift the exponent by a multiplication, which also handles subnormals.
+VLM_INLINE vf from_f16(vh x) {
+  const vu w = __builtin_convertvector(x, vu);
+  const vu magnitude = (w & 0x7fffu) << 13;
+  const vu sign = (w & 0x8000u) << 16;
+  const vf scaled = (vf)magnitude * 0x1p112f;
+  const vu finite = (vu)scaled;
+  const vu special = magnitude + (224u << 23);  // exponent 31 -> 255
+  return (vf)((magnitude >= (31u << 23) ? special : finite) | sign);
+}
+
+VLM_INLINE vh to_f16(vf x) {
+  vh out;
+  for (int i = 0; i < kLanes; ++i) {
+    const _Float16 h = static_cast<_Float16>(x[i]);
+    uint16_t bits;
+    std::memcpy(&bits, &h, 2);
+    out[i] = bits;
+  }
+  return out;
+}
+
+// Transposes a 16 x 16 block of words held in 16 vectors: swaps the off-diagonal blocks of size
+// 8, 4, 2, 1.
+template <int kStep>
+VLM_INLINE void transpose_step(vu (&v)[16]) {
+  vi low, high;
+  for (int k = 0; k < kLanes; ++k) {
+    low[k] = k & kStep ? kLanes + k - kStep : k;
+    high[k] = k & kStep ? kLanes + k : k + kStep;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const vu a = v[i], b = v[i + kStep];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + kStep] = __builtin_shuffle(a, b, high);
+  }
+}
+
+VLM_INLINE void transpose16(vu (&v)[16]) {
+  transpose_step<8>(v);
+  transpose_step<4>(v);
+  transpose_step<2>(v);
+  transpose_step<1>(v);
+}
+
+VLM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+VLM_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+VLM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+VLM_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace vlm::cpu::VLM_ISA

@@ -1,0 +1,32 @@
+// Binds a registered op to the Python module: the call goes through a cached dispatcher handle, so
+// that modes, subclasses, functorch and the profiler see it, without torch.ops' Python overhead.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+
+namespace vlm {
+
+template <class Signature>
+struct OpBinder;
+
+template <class Result, class... Args>
+struct OpBinder<Result(Args...)> {
+  static void bind(pybind11::module_& m, const char* name) {
+    const auto handle = c10::Dispatcher::singleton()
+                            .findSchemaOrThrow((std::string("vlm_kernels::") + name).c_str(), "")
+                            .typed<Result(Args...)>();
+    m.def(
+        name, [handle](Args... args) { return handle.call(std::forward<Args>(args)...); },
+        pybind11::call_guard<pybind11::gil_scoped_release>());
+  }
+};
+
+template <class Signature>
+void bind_op(pybind11::module_& m, const char* name) {
+  OpBinder<Signature>::bind(m, name);
+}
+
+}  // namespace vlm

@@ -1,0 +1,185 @@
+"""The public API: what it is called, how it is called, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlm_kernels
+from vlm_kernels import _load, nn
+
+PUBLIC = [
+    "__version__",
+    "clip_loss",
+    "collect_env",
+    "empty_cache",
+    "explain",
+    "nn",
+    "siglip_loss",
+]
+REQUIRED = inspect.Parameter.empty
+CONTRASTIVE = [
+    ("image_features", REQUIRED),
+    ("text_features", REQUIRED),
+    ("logit_scale", REQUIRED),
+    ("logit_bias", None),
+]
+SIGNATURES: list[tuple[Callable[..., Any], list[tuple[str, Any]], list[tuple[str, Any]]]] = [
+    (
+        vlm_kernels.clip_loss,
+        CONTRASTIVE,
+        [
+            ("image_ids", None),
+            ("text_ids", None),
+            ("labels", None),
+            ("weights", None),
+            ("label_smoothing", 0.0),
+            ("ignore_same_ids", False),
+            ("directions", "both"),
+            ("reduction", "mean"),
+            ("workspace_mb", None),
+            ("return_metrics", False),
+            ("backend", "auto"),
+        ],
+    ),
+    (
+        vlm_kernels.siglip_loss,
+        CONTRASTIVE,
+        [
+            ("image_ids", None),
+            ("text_ids", None),
+            ("labels", None),
+            ("weights", None),
+            ("ignore_same_ids", False),
+            ("reduction", "mean"),
+            ("workspace_mb", None),
+            ("return_metrics", False),
+            ("backend", "auto"),
+        ],
+    ),
+    (
+        nn.ClipLoss,
+        [
+            ("local_loss", False),
+            ("gather_with_grad", False),
+            ("cache_labels", False),
+            ("rank", 0),
+            ("world_size", 1),
+            ("use_horovod", False),
+        ],
+        [("backend", "auto")],
+    ),
+    (
+        nn.SigLipLoss,
+        [("cache_labels", False), ("rank", 0), ("world_size", 1), ("dist_impl", None)],
+        [("backend", "auto")],
+    ),
+    (nn.ClipLoss.forward, [("self", REQUIRED), *CONTRASTIVE, ("output_dict", False)], []),
+    (
+        nn.SigLipLoss.forward,
+        [("self", REQUIRED), *CONTRASTIVE[:3], ("logit_bias", REQUIRED), ("output_dict", False)],
+        [],
+    ),
+]
+
+
+def test_names() -> None:
+    assert sorted(vlm_kernels.__all__) == PUBLIC
+    assert sorted(nn.__all__) == ["ClipLoss", "SigLipLoss"]
+    for module in (vlm_kernels, nn):
+        for name in module.__all__:
+            assert hasattr(module, name), name
+
+
+@pytest.mark.parametrize(
+    ("function", "positional", "keyword_only"),
+    SIGNATURES,
+    ids=[function.__qualname__ for function, _, _ in SIGNATURES],
+)
+def test_signature(
+    function: Callable[..., Any],
+    positional: list[tuple[str, Any]],
+    keyword_only: list[tuple[str, Any]],
+) -> None:
+    expected = [(name, "POSITIONAL_OR_KEYWORD", default) for name, default in positional]
+    expected += [(name, "KEYWORD_ONLY", default) for name, default in keyword_only]
+    parameters = inspect.signature(function).parameters.values()
+    assert [(p.name, p.kind.name, p.default) for p in parameters] == expected
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in ("__version__", "nn")])
+def test_docstrings(name: str) -> None:
+    assert inspect.getdoc(getattr(vlm_kernels, name))
+
+
+def test_extension_stub() -> None:
+    if _load._C is None:
+        pytest.skip(f"needs the extension: {_load.load_error}")
+    tree = ast.parse((_load.FOLDER / "_C.pyi").read_text())
+    declared = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    declared |= {
+        node.target.id
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert declared == {name for name in dir(_load._C) if not name.startswith("__")}
+
+
+def test_import_is_light() -> None:
+    """Over torch's own import: at most 0.1 s, the best of three, and nothing heavy."""
+    code = (
+        "import sys, time, torch; before, start = set(sys.modules), time.perf_counter()\n"
+        "import vlm_kernels, json; seconds = time.perf_counter() - start\n"
+        "print(json.dumps([seconds, sorted({m.split('.')[0] for m in sys.modules} - {'__main__'}),"
+        " sorted(set(sys.modules) - before)]))"
+    )
+    fastest = float("inf")
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root()
+        )
+        seconds, packages, added = json.loads(done.stdout)
+        heavy = [m for m in added if m.startswith(("torch._dynamo", "torch._inductor", "triton"))]
+        assert not heavy
+        assert not {"triton", "vlm_models", "numba"} & set(packages)
+        fastest = min(fastest, seconds)
+        if fastest <= 0.1:
+            return
+    pytest.fail(f"importing vlm_kernels takes {fastest:.3f} s over torch's import")
+
+
+def root() -> Path:
+    return _load.FOLDER.parent
+
+
+def test_collect_env() -> None:
+    report = vlm_kernels.collect_env()
+    assert json.loads(json.dumps(report)) == report
+    failed = {name: value for name, value in report.items() if "failed:" in str(value)}
+    assert not failed
+    assert report["vlm_kernels"]["version"] == vlm_kernels.__version__
+
+
+def test_collect_env_stands_alone(tmp_path: Path) -> None:
+    """The file alone, where neither torch nor vlm_kernels can be imported, still reports."""
+    script = tmp_path / "vlm_kernels" / "collect_env.py"
+    script.parent.mkdir()
+    script.write_text((_load.FOLDER / "collect_env.py").read_text())
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(script), "--json"],  # -S: no site-packages
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(done.stdout)
+    assert report["torch"].startswith("failed: ModuleNotFoundError")
+    assert report["python"]["executable"] == sys.executable
+    assert report["cpu"]["cores"] >= 1

@@ -1,0 +1,5 @@
+"""Modules with the constructors and calls that existing code already uses."""
+
+from .contrastive import ClipLoss, SigLipLoss
+
+__all__ = ["ClipLoss", "SigLipLoss"]

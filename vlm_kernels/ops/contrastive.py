@@ -1,0 +1,611 @@
+"""clip_loss and siglip_loss: contrastive losses that never hold the N x M similarity matrix."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends
+from .._load import _C, warn_once
+from ..reference import contrastive as _reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DIRECTIONS = {"image_to_text": 1, "text_to_image": 2, "both": 3}
+_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+_METRICS = (
+    "image_to_text_top1",
+    "text_to_image_top1",
+    "positive_logit",
+    "negative_logit",
+    "image_to_text_entropy",
+    "text_to_image_entropy",
+    "image_to_text_perplexity",
+    "text_to_image_perplexity",
+)
+_WORKSPACE_MB = 256
+_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS = 1, 2, 4, 8
+_LARGE_FALLBACK_BYTES = 2**30
+
+Scalar = Tensor | float
+Weights = tuple[Tensor | None, Tensor | None]
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    weights: Weights | None = None,
+    label_smoothing: float = 0.0,
+    ignore_same_ids: bool = False,
+    directions: str = "both",
+    reduction: str = "mean",
+    workspace_mb: int | None = None,
+    return_metrics: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Symmetric InfoNCE over all pairs of two batches (CLIP, Radford et al. 2021, arXiv:2103.00020).
+
+    The logits are logit_scale * image_features @ text_features.T + logit_bias. Features are taken
+    as they are: normalise them first.
+
+    Args:
+        image_features: (N, D), fp32, bf16 or fp16 (fp64 runs on the reference), any row stride.
+        text_features: (M, D), same dtype and device.
+        logit_scale: the exponentiated scale, as in open_clip: a tensor of shape () or (1,), whose
+            gradient keeps its shape and dtype, or a float.
+        logit_bias: added to every logit; it moves the metrics only, its gradient is exactly 0.
+        image_ids, text_ids: (N,) and (M,) integers; pairs of equal ids are the positives. Without
+            ids and labels the diagonal is.
+        labels: (N,) integers, the row of text_features that belongs to each image; -1 leaves an
+            image without a loss of its own, while it stays a negative for the texts.
+        weights: (row (N,) or None, column (M,) or None), factors of the losses of images and texts.
+            They are constants.
+        label_smoothing: in [0, 1), spread evenly over the entries of the denominator.
+        ignore_same_ids: keep the diagonal as the only positive and take other pairs of equal ids
+            out of the denominators.
+        directions: "both" (half the sum of the two), "image_to_text" or "text_to_image".
+        reduction: "mean" over the rows that have a positive, "sum" or "none".
+        workspace_mb: MiB of scratch, similarity kept for the backward included (default 256).
+            More of it saves recomputation, less of it memory; the loss does not change.
+        return_metrics: also return a dict of detached fp32 scalars: image_to_text_top1,
+            text_to_image_top1, positive_logit, negative_logit, and per direction _entropy (nats) and
+            _perplexity of the softmax.
+        backend: "auto", "cpu" or "reference"; see `vlm_kernels.explain`.
+
+    Returns:
+        The loss, fp32 of shape (); for "none" a tuple (row (N,), column (M,)), 0 without a positive.
+        With `return_metrics`, a tuple (loss, metrics).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, before any work; the message names what
+            came, what was expected and the fix.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    if directions not in _DIRECTIONS:
+        raise ValueError(_unknown("clip_loss", "directions", directions, _DIRECTIONS))
+    chosen = _choose("clip_loss", image_features, text_features, reduction, backend)
+    if chosen == "reference":
+        _check_reference(
+            "clip_loss",
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            text_ids,
+            labels,
+            weights,
+            ignore_same_ids,
+            workspace_mb,
+        )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"clip_loss: label_smoothing is {label_smoothing}, expected a number in [0, 1)"
+            )
+        return _reference.clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            labels=labels,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            ignore_same_ids=ignore_same_ids,
+            directions=directions,
+            reduction=reduction,
+            return_metrics=return_metrics,
+        )
+    if torch.is_autocast_enabled("cpu"):
+        image_features, text_features = _autocast(image_features, text_features)
+    scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale)
+    row_weight, column_weight = _weights("clip_loss", weights)
+    workspace_mb = _WORKSPACE_MB if workspace_mb is None else workspace_mb
+    args = (
+        scale,
+        scale_value,
+        image_ids,
+        text_ids,
+        labels,
+        row_weight,
+        column_weight,
+        label_smoothing,
+        ignore_same_ids,
+        _DIRECTIONS[directions],
+        _REDUCTIONS[reduction],
+        workspace_mb,
+    )
+    bias = logit_bias if isinstance(logit_bias, Tensor) else None
+    if bias is not None and (bias.numel() != 1 or bias.dim() > 1):
+        raise ValueError(
+            f"clip_loss: logit_bias has shape {tuple(bias.shape)}, expected () or (1,)"
+        )
+    if torch.is_grad_enabled() and (
+        image_features.requires_grad
+        or text_features.requires_grad
+        or (scale is not None and scale.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        loss, metrics = _ClipLossFn.apply(
+            image_features, text_features, bias, return_metrics, *args
+        )
+    else:
+        loss, _, _, metrics = _ops().clip_loss_fwd(
+            image_features, text_features, *args, 0, return_metrics
+        )
+    if reduction == "none":
+        loss = loss.split((image_features.shape[0], text_features.shape[0]))
+    return (loss, _metrics(metrics, logit_bias)) if return_metrics else loss
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    weights: Weights | None = None,
+    ignore_same_ids: bool = False,
+    reduction: str = "mean",
+    workspace_mb: int | None = None,
+    return_metrics: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Sigmoid loss over all pairs of two batches (SigLIP, Zhai et al. 2023, arXiv:2303.15343).
+
+    The sum over pairs of -log sigmoid(z * logit), z = 1 for positives and -1 otherwise, with logits
+    logit_scale * image_features @ text_features.T + logit_bias.
+
+    Args: as `clip_loss`, with three differences. `logit_bias` takes part and has a gradient.
+        `weights` multiply each pair by row_i * column_j. A label of -1 leaves an image without a
+        positive: all its pairs are negatives. Same-id pairs off the diagonal add nothing under
+        `ignore_same_ids`.
+
+    Returns:
+        The loss, fp32 of shape (): for "mean" the sum over N, or over the sum of the row weights;
+        for "none" the row sums (N,). With `return_metrics`, a tuple (loss, metrics).
+
+    Raises:
+        As `clip_loss`.
+    """
+    chosen = _choose("siglip_loss", image_features, text_features, reduction, backend)
+    if chosen == "reference":
+        _check_reference(
+            "siglip_loss",
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            text_ids,
+            labels,
+            weights,
+            ignore_same_ids,
+            workspace_mb,
+        )
+        return _reference.siglip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            labels=labels,
+            weights=weights,
+            ignore_same_ids=ignore_same_ids,
+            reduction=reduction,
+            return_metrics=return_metrics,
+        )
+    if torch.is_autocast_enabled("cpu"):
+        image_features, text_features = _autocast(image_features, text_features)
+    scale, scale_value = _scalar("siglip_loss", "logit_scale", logit_scale)
+    bias, bias_value = (
+        (None, 0.0) if logit_bias is None else _scalar("siglip_loss", "logit_bias", logit_bias)
+    )
+    row_weight, column_weight = _weights("siglip_loss", weights)
+    args = (
+        scale,
+        scale_value,
+        bias,
+        bias_value,
+        image_ids,
+        text_ids,
+        labels,
+        row_weight,
+        column_weight,
+        ignore_same_ids,
+        _REDUCTIONS[reduction],
+        _WORKSPACE_MB if workspace_mb is None else workspace_mb,
+    )
+    needs = 0
+    if torch.is_grad_enabled():
+        needs = (
+            _NEED_IMAGE * image_features.requires_grad
+            + _NEED_TEXT * text_features.requires_grad
+            + _NEED_SCALE * (scale is not None and scale.requires_grad)
+            + _NEED_BIAS * (bias is not None and bias.requires_grad)
+        )
+    if needs:
+        loss, metrics = _SiglipLossFn.apply(
+            image_features, text_features, needs, return_metrics, *args
+        )
+    else:
+        loss, _, _, _, metrics = _ops().siglip_loss_fwd(
+            image_features, text_features, *args, 0, return_metrics
+        )
+    return (loss, _metrics(metrics, logit_bias)) if return_metrics else loss
+
+
+class _ClipLossFn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, bias: Tensor | None, metrics: bool, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        n, m, workspace_mb = image.shape[0], text.shape[0], args[-1]
+        panels = _kept_panels(n, m, image.shape[1], workspace_mb)
+        loss, stats, kept, measured = _ops().clip_loss_fwd(image, text, *args, panels, metrics)
+        scale, value, image_ids, text_ids, labels, row, column, *options = args
+        ctx.save_for_backward(
+            image, text, bias, stats, kept, scale, image_ids, text_ids, labels, row, column
+        )
+        ctx.value, ctx.options = value, options
+        ctx.mark_non_differentiable(measured)
+        return loss, measured
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+        image, text, bias, stats, kept, scale, *pairs = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        needs = _NEED_IMAGE * wants[0] + _NEED_TEXT * wants[1] + _NEED_SCALE * wants[4]
+        grads: Any = (None, None, None)
+        if needs:
+            grads = _ops().clip_loss_bwd(
+                grad, image, text, scale, ctx.value, *pairs, *ctx.options, stats, kept, needs
+            )
+        # no softmax depends on the bias
+        bias_grad = torch.zeros_like(bias) if wants[2] else None
+        return (
+            grads[0] if wants[0] else None,
+            grads[1] if wants[1] else None,
+            bias_grad,
+            None,
+            grads[2] if wants[4] else None,
+            *[None] * 11,
+        )
+
+
+class _SiglipLossFn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, needs: int, metrics: bool, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        loss, *formed, measured = _ops().siglip_loss_fwd(image, text, *args, needs, metrics)
+        scale, value, bias, bias_value, *rest = args
+        ctx.save_for_backward(image, text, *formed, scale, bias, *rest[:5])
+        ctx.values, ctx.options, ctx.needs = (value, bias_value), rest[5:], needs
+        ctx.mark_non_differentiable(measured)
+        return loss, measured
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+        image, text, *formed, scale, bias, i, t, labels, row, column = ctx.saved_tensors
+        if torch.compiler.is_compiling() or _graph_is_kept():
+            run = _ops().siglip_loss_bwd
+        else:
+            run = _C.siglip_loss_bwd_in_place  # type: ignore[union-attr]
+        pairs = (i, t, labels, row, column)
+        grads = run(
+            grad,
+            image,
+            text,
+            scale,
+            ctx.values[0],
+            bias,
+            ctx.values[1],
+            *pairs,
+            *ctx.options,
+            *formed,
+            ctx.needs,
+        )
+        image_grad, text_grad, scale_grad, bias_grad = (
+            g if ctx.needs & bit else None
+            for g, bit in zip(grads, (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS), strict=True)
+        )
+        return (image_grad, text_grad, None, None, scale_grad, None, bias_grad, *[None] * 9)
+
+
+def _ops() -> Any:
+    """The extension's functions, or under torch.compile the ops that it can see."""
+    return torch.ops.vlm_kernels if torch.compiler.is_compiling() else _C
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward may be followed by another one through the same graph."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def _kept_panels(n: int, m: int, d: int, workspace_mb: int) -> Any:
+    """How many panels of 64 columns of similarity the workspace holds for the backward."""
+    rows = (n + 127) // 128 * 128
+    reserve = 16384 * d + (6 << 20)  # bytes of a block's operands
+    free = max(0, (workspace_mb << 20) - reserve)
+    # whole tiles of 4 panels, or everything
+    return torch.sym_min(free // (torch.sym_max(rows, 128) * 256) // 4 * 4, (m + 63) // 64)
+
+
+def _unknown(op: str, name: str, value: object, known: dict[str, int]) -> str:
+    return f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, known))}"
+
+
+def _choose(op: str, image: Tensor, text: Tensor, reduction: str, backend: str) -> str:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(_unknown(op, "reduction", reduction, _REDUCTIONS))
+    if not isinstance(image, Tensor) or not isinstance(text, Tensor):
+        raise TypeError(
+            f"{op}: image_features is {type(image).__name__} and text_features "
+            f"{type(text).__name__}, expected two tensors"
+        )
+    if (
+        _C is not None
+        and (backend == "cpu" or (backend == "auto" and "VLM_BACKEND" not in os.environ))
+        and image.dtype in _DTYPES
+        and image.device.type == "cpu"
+    ):
+        return "cpu"
+    chosen = _backends.select(op, backend, image, text)
+    if chosen == "reference" and backend == "auto" and image.dim() == 2 and text.dim() == 2:
+        _warn_large(op, image, text)
+    return chosen
+
+
+def _warn_large(op: str, image: Tensor, text: Tensor) -> None:
+    size = image.shape[0] * text.shape[0] * max(4, image.element_size())
+    if not torch.compiler.is_compiling() and size > _LARGE_FALLBACK_BYTES:
+        warn_once(
+            f"{op} reference",
+            f"{op} runs on its plain PyTorch reference for {image.dtype} on {image.device} and "
+            f"holds the {image.shape[0]} x {text.shape[0]} matrix several times over, "
+            f"{size / 2**30:.1f} GiB each; vlm_kernels.explain({op!r}, ...) says why",
+        )
+
+
+def _autocast(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.get_autocast_dtype("cpu")
+    return image.to(dtype), text.to(dtype)
+
+
+def _scalar(op: str, name: str, value: Scalar) -> tuple[Tensor | None, float]:
+    if isinstance(value, Tensor):
+        return value, 0.0
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a float or a tensor")
+    return None, float(value)
+
+
+def _weights(op: str, weights: Weights | None) -> Weights:
+    if weights is None:
+        return None, None
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        raise ValueError(
+            f"{op}: weights is {type(weights).__name__}, expected a pair (row (N,) or None, "
+            "column (M,) or None)"
+        )
+    return weights[0], weights[1]
+
+
+def _metrics(values: Tensor, bias: Scalar | None) -> dict[str, Tensor]:
+    metrics = dict(zip(_METRICS, values.unbind(), strict=True))
+    if bias is not None:
+        offset = bias.detach().float().reshape(()) if isinstance(bias, Tensor) else bias
+        for name in ("positive_logit", "negative_logit"):
+            metrics[name] = metrics[name] + offset
+    return metrics
+
+
+def _check_reference(
+    op: str,
+    image: Tensor,
+    text: Tensor,
+    scale: Scalar,
+    bias: Scalar | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    labels: Tensor | None,
+    weights: Weights | None,
+    ignore_same_ids: bool,
+    workspace_mb: int | None,
+) -> None:
+    """What csrc/ops/contrastive.cpp checks, for the backend that does not pass through it."""
+    for name, x, layout in (("image_features", image, "(N, D)"), ("text_features", text, "(M, D)")):
+        if x.dim() != 2:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(x.shape)}, expected 2 dimensions {layout}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"{op}: {name} is {x.dtype}, expected a floating-point dtype")
+    if image.shape[1] != text.shape[1] or image.shape[1] == 0:
+        raise ValueError(
+            f"{op}: image_features has shape {tuple(image.shape)} and text_features "
+            f"{tuple(text.shape)}; expected the same embedding size D > 0 in both"
+        )
+    if image.dtype != text.dtype:
+        raise TypeError(
+            f"{op}: image_features is {image.dtype} and text_features {text.dtype}; expected one "
+            "dtype, convert one with .to(dtype)"
+        )
+    for name, value in (("logit_scale", scale), ("logit_bias", bias)):
+        if isinstance(value, Tensor):
+            if value.numel() != 1 or value.dim() > 1:
+                raise ValueError(
+                    f"{op}: {name} has shape {tuple(value.shape)}, expected () or (1,)"
+                )
+            if not value.is_floating_point():
+                raise TypeError(f"{op}: {name} is {value.dtype}, expected a floating-point tensor")
+        elif value is not None:
+            _scalar(op, name, value)
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError(f"{op}: pass image_ids and text_ids together; only one came")
+    if labels is not None and image_ids is not None:
+        raise ValueError(f"{op}: labels came with image_ids and text_ids; pass one")
+    if ignore_same_ids and image_ids is None:
+        raise ValueError(f"{op}: ignore_same_ids=True needs image_ids and text_ids")
+    n, m = image.shape[0], text.shape[0]
+    row, column = _weights(op, weights)
+    for name, vector, length, integral in (
+        ("image_ids", image_ids, n, True),
+        ("text_ids", text_ids, m, True),
+        ("labels", labels, n, True),
+        ("weights[0]", row, n, False),
+        ("weights[1]", column, m, False),
+    ):
+        if vector is None:
+            continue
+        if vector.shape != (length,):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(vector.shape)}, expected ({length},)"
+            )
+        floating = vector.is_floating_point()
+        if floating == integral or vector.dtype == torch.bool or vector.is_complex():
+            kind = "integer" if integral else "floating-point"
+            raise TypeError(f"{op}: {name} is {vector.dtype}, expected a {kind} tensor")
+    tensors = (text, image_ids, text_ids, labels, row, column)
+    for x in tensors:
+        if x is not None and x.device != image.device:
+            raise ValueError(
+                f"{op}: a tensor is on {x.device} but the features are on {image.device}; move it "
+                "there with .to()"
+            )
+    if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (labels < -1) | (labels >= m)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{op}: labels holds {int(labels[wrong][0])}, expected a row of text_features in "
+                f"[0, {m}) or -1 for none"
+            )
+    if workspace_mb is not None and workspace_mb <= 0:
+        raise ValueError(f"{op}: workspace_mb is {workspace_mb}, expected a positive number of MiB")
+
+
+def _why_not_cpu(
+    image_features: Tensor, text_features: Tensor, *_: Any, **__: Any
+) -> str | None:
+    for name, x in (("image_features", image_features), ("text_features", text_features)):
+        if x.device.type != "cpu":
+            return f"{name} is on {x.device}"
+        if x.dtype not in _DTYPES:
+            return f"{name} is {x.dtype}; the kernels take float32, bfloat16 and float16"
+    return None
+
+
+for _op in ("clip_loss", "siglip_loss"):
+    _backends.register(_op, "cpu", _why_not_cpu)
+    _backends.register(_op, "reference", lambda *_, **__: None)
+
+
+def _empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _register_fakes() -> None:
+    """Shapes of the ops' results, for meta tensors and torch.compile."""
+
+    @torch.library.register_fake("vlm_kernels::clip_loss_fwd")
+    def _(image: Tensor, text: Tensor, *args: Any) -> Any:
+        n, m, (reduction, _, panels, metrics) = image.shape[0], text.shape[0], args[-4:]
+        rows = (n + 127) // 128 * 128
+        f32 = torch.float32
+        loss = _empty(image, *((n + m,) if reduction == 2 else ()), dtype=f32)
+        return (
+            loss,
+            _empty(image, 7 if metrics else 4, n + m, dtype=f32),
+            _empty(image, panels, rows, 64, dtype=f32),
+            _empty(image, len(_METRICS) if metrics else 0, dtype=f32),
+        )
+
+    @torch.library.register_fake("vlm_kernels::clip_loss_bwd")
+    def _(grad: Tensor, image: Tensor, text: Tensor, scale: Tensor | None, *args: Any) -> Any:
+        needs = args[-1]
+        return (
+            _grad_of(image, needs & _NEED_IMAGE),
+            _grad_of(text, needs & _NEED_TEXT),
+            _scalar_grad_of(scale, needs & _NEED_SCALE, image),
+        )
+
+    @torch.library.register_fake("vlm_kernels::siglip_loss_fwd")
+    def _(image: Tensor, text: Tensor, *args: Any) -> Any:
+        reduction, _, needs, metrics = args[-4:]
+        now = 0 if reduction == 2 else needs
+        return (
+            _empty(image, *(image.shape[:1] if reduction == 2 else ()), dtype=torch.float32),
+            _grad_of(image, now & _NEED_IMAGE),
+            _grad_of(text, now & _NEED_TEXT),
+            _empty(image, 2 if now else 0, dtype=torch.float64),
+            _empty(image, len(_METRICS) if metrics else 0, dtype=torch.float32),
+        )
+
+    @torch.library.register_fake("vlm_kernels::siglip_loss_bwd")
+    def _(
+        grad: Tensor,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor | None,
+        _value: float,
+        bias: Tensor | None,
+        *args: Any,
+    ) -> Any:
+        needs = args[-1]
+        return (
+            _grad_of(image, needs & _NEED_IMAGE),
+            _grad_of(text, needs & _NEED_TEXT),
+            _scalar_grad_of(scale, needs & _NEED_SCALE, image),
+            _scalar_grad_of(bias, needs & _NEED_BIAS, image),
+        )
+
+
+def _grad_of(x: Tensor, needed: int) -> Tensor:
+    return _empty(x, *(x.shape if needed else (0,)))
+
+
+def _scalar_grad_of(x: Tensor | None, needed: int, features: Tensor) -> Tensor:
+    if not needed or x is None:
+        return _empty(features, 0, dtype=torch.float32)
+    return torch.empty_like(x)
+
+
+if _C is not None:
+    _register_fakes()

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the rule of accuracy, timing, and each op's inputs and cases."""

@@ -1,0 +1,100 @@
+"""One rule of accuracy for all ops, so that no test or benchmark has a tolerance of its own.
+
+Against fp64, an error may be a small factor of the error that the same formula has in eager PyTorch
+at the same dtype, plus a floor of a few ulp of fp32. Tensors are judged by their relative L2 norm.
+A scalar's error is a matter of luck, so it is judged by the largest error that eager has over
+several seeds, and so is a tensor too small for its norm to average anything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    factor: float
+    """Largest ratio of our error to eager's."""
+    ulps: float
+    """Floor, in ulp of fp32, the dtype of all sums."""
+
+
+TABLE = {"fwd": Tolerance(factor=2, ulps=4), "bwd": Tolerance(factor=3, ulps=4)}
+SEEDS = 8
+SMALL = 256
+"""Tensors of fewer elements are judged over several seeds, as scalars are."""
+
+ULP = torch.finfo(torch.float32).eps
+
+
+def relative_error(ours: Tensor, exact: Tensor, terms: float = 0.0) -> float:
+    """L2 norm of `ours - exact` over that of `exact`, in fp64.
+
+    `terms` is the norm of the terms that cancel into `exact`, where they do (a loss is the
+    difference of a log-sum-exp and a logit, its gradient that of two rows); the error is measured
+    in it when it is the larger. Where both are 0 the error is absolute. NaN when `ours` is not
+    finite.
+    """
+    if ours.shape != exact.shape:
+        raise ValueError(f"relative_error: shape {tuple(ours.shape)}, not {tuple(exact.shape)}")
+    difference = _double(ours) - _double(exact)
+    if not _double(ours).isfinite().all():
+        return math.nan
+    return torch.linalg.vector_norm(difference).item() / _size(exact, terms)
+
+
+def assert_close(
+    name: str,
+    ours: Tensor,
+    eager: Tensor | float,
+    exact: Tensor,
+    kind: str = "fwd",
+    *,
+    terms: float = 0.0,
+) -> None:
+    """Holds `ours` to the rule.
+
+    Args:
+        eager: the same formula's result at the dtype of `ours`, or the error it has: the largest
+            over SEEDS seeds for scalars and tensors of fewer than SMALL elements.
+        exact: fp64, from the same (already rounded) inputs, of the same shape.
+        kind: "fwd" or "bwd", the row of TABLE.
+        terms: see `relative_error`.
+
+    Raises:
+        AssertionError: names both errors, the limit and the first bad index.
+        ValueError: `exact` is not finite, or a kind that is not in TABLE.
+    """
+    if kind not in TABLE:
+        raise ValueError(f"assert_close: kind is {kind!r}, expected one of {sorted(TABLE)}")
+    if not exact.isfinite().all():
+        raise ValueError(f"assert_close: the exact value of {name} is not finite")
+    if ours.shape != exact.shape:
+        raise AssertionError(f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}")
+    tolerance = TABLE[kind]
+    error = relative_error(ours, exact, terms)
+    reference = eager if isinstance(eager, float) else relative_error(eager, exact, terms)
+    limit = tolerance.factor * reference + tolerance.ulps * ULP
+    # Not `error > limit`, which NaN would pass.
+    if error <= limit:
+        return
+    # The first element with more than its share of the error allowed; there must be one.
+    share = limit * _size(exact, terms) / math.sqrt(exact.numel())
+    index = tuple((~((_double(ours) - _double(exact)).abs() <= share)).nonzero()[0].tolist())
+    raise AssertionError(
+        f"{name} ({kind}): error {error:.3e}, eager {reference:.3e}, limit {limit:.3e} "
+        f"({tolerance.factor:g} x eager + {tolerance.ulps:g} ulp); first bad index {index}: "
+        f"{ours[index].item():.9g}, exact {exact[index].item():.9g}"
+    )
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def _size(exact: Tensor, terms: float) -> float:
+    return max(torch.linalg.vector_norm(_double(exact)).item(), terms) or 1.0
