@@ -64,7 +64,8 @@ sanitize: $(ENV)  ## run the tests of the ops on a build with the address and UB
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/build/sanitize \
-	  $(PY) -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/ops $(ARGS)
+	  $(PY) -m pytest -q --capture=sys -c $(CURDIR)/pyproject.toml \
+	  --rootdir $(CURDIR) $(CURDIR)/tests/ops $(ARGS)
 
 wheel: $(ENV)  ## build a wheel into dist/ for this Python and this torch
 	rm -rf build/lib build/lib.*

@@ -160,6 +160,9 @@ def _row(kind: str, case: Case, provider: peers.Provider, settings: Settings) ->
         row.counts = row.backend is not None and row.backend not in peers.FALLBACKS
     else:
         row.backend = "torch"
+        if case.n != case.m:
+            row.status, row.reason = "skipped", "pairs rows with columns one to one"
+            return row
         needed = provider.matrices * case.n * case.m * dtype.itemsize
         if needed > 0.85 * _available():
             row.status = "skipped"

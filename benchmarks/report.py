@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import targets
@@ -225,6 +226,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4))
     note = "above ours: ratio to the best peer (* not run by our kernel)"
     figure.suptitle(f"{_about(rows)[0].split(';')[0]}\n{note}", fontsize=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 

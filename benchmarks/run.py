@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="hold the run to the targets; exit status 1 if missed")
     add("--json", metavar="FILE", help="write a JSON line a row, over what the file holds")
     add("--append", action="store_true", help="append to --json instead")
-    add("--plot", metavar="FILE", help="write a picture of the times")
+    plot = "write a picture of the times (default: dist/benchmarks.png)"
+    add("--plot", metavar="FILE", nargs="?", const="dist/benchmarks.png", help=plot)
     add("--markdown", action="store_true", help="print tables in Markdown")
 
 

@@ -80,7 +80,8 @@ class Verdict:
 
     def __str__(self) -> str:
         state = {True: "ok", False: "MISS", None: "not run"}[self.ok]
-        return f"{state:8} {self.what:50} want {self.want:24} got {self.got}"
+        got = "" if self.ok is None else f"got {self.got}"
+        return f"{state:8} {self.what:62} want {self.want:27} {got}".rstrip()
 
 
 def check(rows: Iterable[Row]) -> list[Verdict]:

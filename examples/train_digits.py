@@ -64,11 +64,14 @@ def main(argv: list[str] | None = None) -> int:
     ours = Training("vlm_kernels", model, OURS[args.loss], args.steps)
 
     stream = batches(images, labels, tokenizer, steps=args.steps, batch=args.batch, seed=args.seed)
-    with tqdm(stream, total=args.steps, desc="training both", unit="step") as progress:
+    with tqdm(
+        stream, total=args.steps, desc="training both", unit="step", mininterval=0.5
+    ) as progress:
         for batch in progress:
             for run in (plain, ours):
                 run.step(*batch)
-            progress.set_postfix(plain=f"{plain.curve[-1]:.4f}", ours=f"{ours.curve[-1]:.4f}")
+            losses = {"plain": plain.curve[-1], "ours": ours.curve[-1]}
+            progress.set_postfix(losses, refresh=False)
     for run in (plain, ours):
         run.evaluate(tokenizer, test_images, test_labels)
     report.print_training(plain, ours)

@@ -122,9 +122,8 @@ enum { kMax, kSum, kEntropy, kBestPositive, kBestNegative };
 struct StatsTile {
   Masks masks;
   SoftmaxStats row, col;
-  float* partial;       // (row tiles, kFields, bn): this block's column statistics
   int64_t bn;
-  float log2_scale;     // |scale| * log2(e)
+  float log2_scale;  // |scale| * log2(e)
 
   bool metrics() const { return row.entropy != nullptr; }
 
@@ -262,7 +261,7 @@ struct StatsTile {
     }
   }
 
-  // part: (kFields + 2, bn) of this row tile, already at the tile's first column.
+  // part: (kFields + 2, bn) column statistics of this row tile, at the tile's first column.
   void run(const Tile& t, float* part) const {
     const bool masked = masks.touches(t), rows = row.max, cols = col.max;
     if (rows && cols) {
@@ -505,7 +504,7 @@ struct Scratch {
   uint32_t* grad_pairs;  // bf16: G [panel][bm / 2][64] words
   float* text_grad;      // dY^T of the block: [panel][D][64]
   float* image_grad;     // dX (N, D) of 16-bit inputs
-  float* partial;        // stats: (bm / 128, kFields + 2, bn)
+  float* partial;        // statistics: (bm / 128, kFields + 2, bn)
   float* row_vectors;    // up to 3 x N
   float* col_vectors;    // up to 4 x M padded
   int32_t* col_ids;      // M padded
@@ -542,7 +541,7 @@ int64_t carve(const Plan& p, int threads, char* base, Scratch<T>* out) {
     s.text_grad = arena.take<float>(panels * p.d * kPanel);
     if (!p.f32_out) s.image_grad = arena.take<float>(p.n * p.d);
   }
-  if (p.pass == Pass::stats) s.partial = arena.take<float>(p.bm / kRows * (kFields + 2) * p.bn);
+  s.partial = arena.take<float>(p.bm / kRows * (kFields + 2) * p.bn);
   s.row_vectors = arena.take<float>(3 * p.n);
   s.col_vectors = arena.take<float>(4 * round_up(p.m, kPanel));
   s.col_ids = arena.take<int32_t>(round_up(p.m, kPanel));
@@ -598,7 +597,6 @@ class Blocks {
 
   const Plan& plan() const { return plan_; }
   const Masks& masks() const { return masks_; }
-  float* partial() const { return scratch_.partial; }
 
   // A zeroed (N,) vector.
   float* row_vector(int index) const {
@@ -617,41 +615,26 @@ class Blocks {
     return v;
   }
 
-  void stats(const KeptSimilarity& kept, const StatsTile& stats) const {
-    for_blocks([&](int64_t j0, int64_t panels, int64_t i0, int64_t rows) {
-      const int64_t tiles = ceil_div(rows, kRows);
-      parallel_for(tiles, [&](int64_t t, int thread) {
-        const RowTile row = row_tile(i0 + t * kRows, i0 + rows, thread);
-        for (int64_t p = 0; p < panels; p += kTilePanels) {
-          const Tile tile = similarity(row, j0, p, min(kTilePanels, panels - p), kept, true, thread);
-          stats.run(tile, stats.partial + t * (kFields + 2) * plan_.bn + p * kPanel);
-        }
-        gemm_.release();
-      });
-      const int64_t end = min(plan_.m - j0, panels * kPanel);
-      parallel_for(ceil_div(end, kLanes), [&](int64_t v, int) {
-        const int64_t at = v * kLanes;
-        stats.merge(j0 + at, tiles, stats.partial + at, min(kLanes, end - at));
-      });
-    });
-  }
-
+  // Shows every tile of S to `epilogue` and, where given, to `stats`; fills `kept`.
   template <class Epilogue>
-  void loss(const Epilogue& epilogue) const {
+  void forward(const KeptSimilarity& kept, const StatsTile* stats, const Epilogue& epilogue) const {
     for_blocks([&](int64_t j0, int64_t panels, int64_t i0, int64_t rows) {
       parallel_for(ceil_div(rows, kRows), [&](int64_t t, int thread) {
         const RowTile row = row_tile(i0 + t * kRows, i0 + rows, thread);
         for (int64_t p = 0; p < panels; p += kTilePanels) {
-          epilogue(similarity(row, j0, p, min(kTilePanels, panels - p), {}, false, thread),
-                   GradTile<T>{});
+          const Tile tile = similarity(row, j0, p, min(kTilePanels, panels - p), kept, true, thread);
+          epilogue(tile);
+          observe(stats, tile, t, p);
         }
         gemm_.release();
       });
+      merge(stats, j0, panels, rows);
     });
   }
 
+  // The same, and G of every tile into the gradients.
   template <class Epilogue>
-  void grads(const KeptSimilarity& kept, const ContrastiveGrads& out,
+  void grads(const KeptSimilarity& kept, const StatsTile* stats, const ContrastiveGrads& out,
              const Epilogue& epilogue) const {
     float* dx = plan_.f32_out ? static_cast<float*>(out.image.data) : scratch_.image_grad;
     const int64_t dx_ld = plan_.f32_out ? out.image.stride : plan_.d;
@@ -670,6 +653,7 @@ class Blocks {
           const Tile tile =
               similarity(row, j0, p, min(kTilePanels, panels - p), kept, false, thread);
           epilogue(tile, at_panel(g, p));
+          observe(stats, tile, t, p);
           clear_rows(at_panel(g, p), tile, min(depth - local, kRows));
         }
         for (int64_t k = 0; out.image.data && k < d; k += kPanel) {
@@ -678,6 +662,7 @@ class Blocks {
         }
         gemm_.release();
       });
+      merge(stats, j0, panels, rows);
       if (out.text.data) text_grads(j0, panels, i0, rows, depth, out.text);
     });
     if (!out.image.data || plan_.f32_out) return;
@@ -699,6 +684,19 @@ class Blocks {
 
   static vf load_tail(const float* p, int64_t first, int64_t count) {
     return load_f32(reinterpret_cast<const char*>(p), DType::f32, first, count);
+  }
+
+  void observe(const StatsTile* stats, const Tile& tile, int64_t t, int64_t p) const {
+    if (stats) stats->run(tile, scratch_.partial + t * (kFields + 2) * plan_.bn + p * kPanel);
+  }
+
+  void merge(const StatsTile* stats, int64_t j0, int64_t panels, int64_t rows) const {
+    if (!stats) return;
+    const int64_t end = min(plan_.m - j0, panels * kPanel);
+    parallel_for(ceil_div(end, kLanes), [&](int64_t v, int) {
+      const int64_t at = v * kLanes;
+      stats->merge(j0 + at, ceil_div(rows, kRows), scratch_.partial + at, min(kLanes, end - at));
+    });
   }
 
   // body(j0, panels, i0, rows) for each block, its text packed.
@@ -851,13 +849,19 @@ void clear(const SoftmaxStats& s, int64_t n) {
 }
 
 template <class T>
-void clip_stats_as(const ContrastiveInputs& in, const SoftmaxStats& row, const SoftmaxStats& col,
-                   const KeptSimilarity& kept, void* scratch) {
+StatsTile start_stats(const ContrastiveInputs& in, const Blocks<T>& blocks,
+                      const SoftmaxStats& row, const SoftmaxStats& col) {
   clear(row, in.image.rows);
   clear(col, in.text.rows);
-  const Blocks<T> blocks(in, Pass::stats, scratch);
-  blocks.stats(kept, {blocks.masks(), row, col, blocks.partial(), blocks.plan().bn,
-                      magnitude(in.scale) * kLog2e});
+  return {blocks.masks(), row, col, blocks.plan().bn, magnitude(in.scale) * kLog2e};
+}
+
+template <class T>
+void clip_stats_as(const ContrastiveInputs& in, const SoftmaxStats& row, const SoftmaxStats& col,
+                   const KeptSimilarity& kept, void* scratch) {
+  const Blocks<T> blocks(in, Pass::forward, scratch);
+  const StatsTile stats = start_stats(in, blocks, row, col);
+  blocks.forward(kept, &stats, [](const Tile&) {});
 }
 
 template <class T>
@@ -869,16 +873,17 @@ void clip_grads_as(const ContrastiveInputs& in, const SoftmaxGrad& row, const So
                               blocks.col_vector(2, col.positive), blocks.col_vector(3, col.kept)};
   const ClipEpilogue epilogue{blocks.masks(), row, padded, magnitude(in.scale) * kLog2e,
                               blocks.row_vector(0)};
-  blocks.grads(kept, out,
+  blocks.grads(kept, nullptr, out,
                [&](const Tile& t, const GradTile<T>& g) { epilogue.template run<T>(t, g); });
   if (out.similarity) *out.similarity = total(epilogue.similarity, in.image.rows);
 }
 
 template <class T>
 void sigmoid_loss_as(const ContrastiveInputs& in, const SigmoidTerms& terms,
-                     const ContrastiveGrads& out, void* scratch) {
+                     const SoftmaxStats& row, const SoftmaxStats& col, const ContrastiveGrads& out,
+                     void* scratch) {
   const bool grads = out.image.data || out.text.data || out.similarity || out.logit;
-  const Blocks<T> blocks(in, grads ? Pass::grads : Pass::loss, scratch);
+  const Blocks<T> blocks(in, grads ? Pass::grads : Pass::forward, scratch);
   SigmoidEpilogue epilogue{blocks.masks(),
                            terms.row_weight,
                            blocks.col_vector(0, terms.col_weight),
@@ -887,10 +892,12 @@ void sigmoid_loss_as(const ContrastiveInputs& in, const SigmoidTerms& terms,
                            blocks.row_vector(0),
                            blocks.row_vector(1),
                            blocks.row_vector(2)};
+  const StatsTile stats = start_stats(in, blocks, row, col);
+  const StatsTile* const wanted = row.max || col.max ? &stats : nullptr;
   if (!grads) {
-    blocks.loss([&](const Tile& t, const GradTile<T>& g) { epilogue.template run<T, false>(t, g); });
+    blocks.forward({}, wanted, [&](const Tile& t) { epilogue.template run<T, false>(t, {}); });
   } else {
-    blocks.grads({}, out, [&](const Tile& t, const GradTile<T>& g) {
+    blocks.grads({}, wanted, out, [&](const Tile& t, const GradTile<T>& g) {
       epilogue.template run<T, true>(t, g);
     });
   }
@@ -920,10 +927,10 @@ void clip_grads(const ContrastiveInputs& in, const SoftmaxGrad& row, const Softm
                          : clip_grads_as<float>(in, row, col, kept, out, scratch);
 }
 
-void sigmoid_loss(const ContrastiveInputs& in, const SigmoidTerms& terms,
-                  const ContrastiveGrads& out, void* scratch) {
-  runs_in_bf16(in.dtype) ? sigmoid_loss_as<bf16_t>(in, terms, out, scratch)
-                         : sigmoid_loss_as<float>(in, terms, out, scratch);
+void sigmoid_loss(const ContrastiveInputs& in, const SigmoidTerms& terms, const SoftmaxStats& row,
+                  const SoftmaxStats& col, const ContrastiveGrads& out, void* scratch) {
+  runs_in_bf16(in.dtype) ? sigmoid_loss_as<bf16_t>(in, terms, row, col, out, scratch)
+                         : sigmoid_loss_as<float>(in, terms, row, col, out, scratch);
 }
 
 }  // namespace vlm::cpu::VLM_ISA
@@ -943,9 +950,9 @@ VLM_DISPATCH(void, clip_grads,
               const KeptSimilarity& kept, const ContrastiveGrads& out, void* scratch),
              (in, row, col, kept, out, scratch))
 VLM_DISPATCH(void, sigmoid_loss,
-             (const ContrastiveInputs& in, const SigmoidTerms& terms, const ContrastiveGrads& out,
-              void* scratch),
-             (in, terms, out, scratch))
+             (const ContrastiveInputs& in, const SigmoidTerms& terms, const SoftmaxStats& row,
+              const SoftmaxStats& col, const ContrastiveGrads& out, void* scratch),
+             (in, terms, row, col, out, scratch))
 
 }  // namespace vlm::cpu
 #endif

@@ -323,8 +323,8 @@ void write_metrics(const Sides& sides, const SoftmaxStats& row, const SoftmaxSta
     for (int64_t i = 0; i < s.length; ++i) {
       if (s.pairs.positives(s.rows, i) > 0) {
         with_positive += 1.0;
-        const bool flipped_scale_zero = magnitude == 0.0;  // all logits tie
-        hits += !flipped_scale_zero && stats.best_positive[i] > stats.best_negative[i];
+        // at scale 0 all logits tie
+        hits += magnitude > 0.0 && stats.best_positive[i] > stats.best_negative[i];
       }
       if (s.pairs.kept(s.rows, i) > 0) {
         nats += std::log(static_cast<double>(stats.sum[i])) -
@@ -394,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
   } else {
     call.in.scratch_budget = std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()),
                                       kMinScratch);
-    const Tensor scratch = call.scratch(ContrastivePass::stats);
+    const Tensor scratch = call.scratch(ContrastivePass::forward);
     cpu::clip_stats(call.in, row, col, kept_similarity(kept), scratch.mutable_data_ptr());
     float* out = loss.mutable_data_ptr<float>();
     double result = 0.0;
@@ -521,7 +521,8 @@ double siglip_divisor(const Call& call, int64_t reduction) {
 }
 
 // Runs the sigmoid kernel, row weights times `row_grad` (N,) where given.
-void run_sigmoid(Call& call, const float* row_grad, float* row_loss, const ContrastiveGrads& out) {
+void run_sigmoid(const Call& call, const float* row_grad, float* row_loss, const SoftmaxStats& row,
+                 const SoftmaxStats& col, const ContrastiveGrads& out) {
   std::vector<float> weight;
   SigmoidTerms terms{call.row_weight.data, call.col_weight.data, row_loss};
   if (row_grad) {
@@ -530,8 +531,8 @@ void run_sigmoid(Call& call, const float* row_grad, float* row_loss, const Contr
     terms.row_weight = weight.data();
   }
   const bool grads = out.image.data || out.text.data || out.similarity || out.logit;
-  const Tensor scratch = call.scratch(grads ? ContrastivePass::grads : ContrastivePass::loss);
-  cpu::sigmoid_loss(call.in, terms, out, scratch.mutable_data_ptr());
+  const Tensor scratch = call.scratch(grads ? ContrastivePass::grads : ContrastivePass::forward);
+  cpu::sigmoid_loss(call.in, terms, row, col, out, scratch.mutable_data_ptr());
 }
 
 // -> loss () or (N,), and for "mean" and "sum" where needed the gradients of the pair sum with
@@ -574,7 +575,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd(
     out.similarity = sums.mutable_data_ptr<double>();
     out.logit = out.similarity + 1;
   }
-  run_sigmoid(call, nullptr, row_loss, out);
+  const Sides sides(call, kImageToText | kTextToImage);
+  const Tensor stats = at::empty({metrics ? kMetricStats : 0, n + args.m()}, options);
+  SoftmaxStats row, col;
+  if (metrics) row = stats_view(stats, sides.row, false), col = stats_view(stats, sides.col, false);
+  run_sigmoid(call, nullptr, row_loss, row, col, out);
   if (reduction != kNone) {
     double sum = 0.0;
     for (const float l : rows) sum += l;
@@ -582,12 +587,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd(
     loss.fill_(divisor != 0.0 ? sum / divisor : 0.0);
   }
   if (metrics) {
-    const Sides sides(call, kImageToText | kTextToImage);
-    const Tensor stats = at::empty({kMetricStats, n + args.m()}, options);
-    const SoftmaxStats row = stats_view(stats, sides.row, false);
-    const SoftmaxStats col = stats_view(stats, sides.col, false);
-    const Tensor scratch = call.scratch(ContrastivePass::stats);
-    cpu::clip_stats(call.in, row, col, {}, scratch.mutable_data_ptr());
     write_metrics(sides, row, col, call.in.scale, measured.mutable_data_ptr<float>());
   }
   return {loss, grad_image, grad_text, sums, measured};
@@ -622,7 +621,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
   } else if (reduction == kNone) {
     grad_image = grad_like(image, need_image);
     grad_text = grad_like(text, need_text);
-    run_sigmoid(call, grads.const_data_ptr<float>(), nullptr,
+    run_sigmoid(call, grads.const_data_ptr<float>(), nullptr, {}, {},
                 {output(grad_image), output(grad_text), &by_similarity, &by_logit});
     in_place = true;
   } else {

@@ -1,4 +1,4 @@
-"""The two losses in plain PyTorch (the formulas of open_clip), and vlm_kernels' drop-ins for them."""
+"""Both losses in plain PyTorch (open_clip's formulas), and vlm_kernels' drop-ins for them."""
 
 from __future__ import annotations
 

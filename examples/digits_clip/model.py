@@ -66,7 +66,7 @@ class TextTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, the logit scale (learned as its log) and SigLIP's logit bias, if one is given."""
+    """Both towers, the logit scale (learned as its log) and, for SigLIP, the logit bias."""
 
     def __init__(
         self, tokenizer: Tokenizer, *, logit_scale: float, logit_bias: float | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 from torch import Tensor
 
 from .data import captions_of
@@ -13,7 +13,7 @@ from .measure import LARGE_DIM, LARGE_N, Cost
 from .training import Training
 
 matplotlib.use("Agg")  # writes files, needs no display
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 COLOURS = "#e69f00", "#0072b2"  # plain, ours
 WRONG_COLOUR = "#d00000"
@@ -64,7 +64,8 @@ def draw(plain: Training, ours: Training, images: Tensor, labels: Tensor, path: 
 
 def _draw_digits(figure: SubFigure, predictions: Tensor, images: Tensor, labels: Tensor) -> None:
     wrong = predictions != labels
-    figure.suptitle(f"Held-out digits and predictions: {wrong.sum()} of {len(wrong)} wrong (in red)")
+    title = f"Held-out digits and predictions: {wrong.sum()} of {len(wrong)} wrong (in red)"
+    figure.suptitle(title)
     # the wrong ones first, as many as fit
     order = torch.argsort(wrong.int(), descending=True, stable=True).tolist()
     for axis, index in zip(figure.subplots(*GALLERY).flat, order):

@@ -270,15 +270,19 @@ def test_views(
 @ops
 @backends
 def test_expanded_rows(op: str, backend: str) -> None:
+    """Rows of stride 0, each with its own part in the gradient."""
     x, y, scale, _ = spec.make_inputs(20, 1, 24)
-    fn = function(op, backend)
-    leaf = y.clone().requires_grad_()
-    fn(x, leaf.expand(20, 24), scale).backward()
-    other = y.clone().requires_grad_()
-    fn(x, other.expand(20, 24).contiguous(), scale).backward()
-    assert leaf.grad is not None
-    assert other.grad is not None
-    assert torch.equal(leaf.grad, other.grad)
+    results = []
+    for fn, dtype in (
+        (function(op, backend), torch.float32),
+        (getattr(reference, op), torch.float32),
+        (getattr(reference, op), torch.float64),
+    ):
+        leaf = y.to(dtype).requires_grad_()
+        loss = fn(x.to(dtype), leaf.expand(20, 24), scale)
+        results.append(torch.autograd.grad(loss, leaf)[0])
+    ours, eager, exact = results
+    assert_close("text_features.grad", ours, eager, exact, "bwd", terms=scale.item())
 
 
 @ops
@@ -640,10 +644,10 @@ def test_features_that_are_not_finite(
         inputs[side][3, 2] = value
         results = spec.evaluate(function(op, backend), inputs, case.keywords())
         assert not results["loss"].isfinite()
-        assert not results[f"{LEAVES[side]}.grad"].isfinite().all()
         if math.isnan(value):
             assert results["loss"].isnan()
-            assert results["logit_scale.grad"].isnan()
+            for name, result in results.items():
+                assert result.isnan().any(), name
 
 
 @ops
@@ -663,11 +667,12 @@ def test_a_bad_row_spoils_only_what_depends_on_it(op: str, backend: str) -> None
 def test_parameters_that_are_not_finite(op: str, backend: str) -> None:
     x, y, _, _ = spec.make_inputs(20, 20, 8)
     assert function(op, backend)(x, y, math.nan).isnan()
-    assert function(op, backend)(x, y, 10.0, math.nan).isnan()
+    if op == "siglip_loss":  # a bias does not reach a softmax
+        assert function(op, backend)(x, y, 10.0, math.nan).isnan()
     assert not function(op, backend)(x, y, math.inf).isfinite()
 
 
-@pytest.mark.parametrize("shape", [(0, 0, 8), (0, 5, 8), (5, 0, 8), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 0, 8), (0, 5, 8), (5, 0, 8)], ids=str)
 @ops
 @dtypes
 @backends
@@ -678,13 +683,6 @@ def test_empty_batches(
         case = Case(*shape, dtype, variant, bias=-1.0)
         for name, value in spec.check(case, function(op, backend)).items():
             assert not value.any(), name
-
-
-@ops
-@backends
-def test_features_without_dimensions(op: str, backend: str) -> None:
-    """D = 0: all logits are the bias."""
-    spec.check(Case(5, 7, 0, variant=Variant(op), bias=-1.0), function(op, backend))
 
 
 # --- metrics ---
@@ -858,31 +856,48 @@ def test_default_temperature_is_not_a_logarithm(backend: str) -> None:
 
 # --- wrong input: one clear error ---
 
+
+def sizes(*shape: int) -> str:
+    """As a tuple or as C++ prints it."""
+    return r"[\[(]" + ", ".join(map(str, shape)) + r",?[\])]"
+
+
 X, Y = torch.ones(5, 4), torch.ones(6, 4)
 IDS = {"image_ids": torch.arange(5), "text_ids": torch.arange(6)}
 BOTH = ("clip_loss", "siglip_loss")
 CLIP = ("clip_loss",)
 # (ops, arguments, keywords, what the message must name: the argument, what came, what was expected)
 WRONG: list[tuple[tuple[str, ...], tuple, dict[str, Any], tuple[str, ...]]] = [
-    (BOTH, (X[0], Y, 1.0), {}, ("image_features", r"\[4\]", "2")),
-    (BOTH, (X, Y[None], 1.0), {}, ("text_features", r"\[1, 6, 4\]", "2")),
+    (BOTH, (X[0], Y, 1.0), {}, ("image_features", sizes(4), "2")),
+    (BOTH, (X, Y[None], 1.0), {}, ("text_features", sizes(1, 6, 4), "2")),
     (BOTH, (X, Y[:, :3], 1.0), {}, ("text_features", "3", "4")),
+    (
+        BOTH,
+        (X[:, :0], Y[:, :0], 1.0),
+        {},
+        ("image_features|features", rf"D = 0|{sizes(5, 0)}", "D > 0|one"),
+    ),
     (BOTH, (X, Y.half(), 1.0), {}, ("text_features", "(?i)half|float16", "(?i)float")),
     (BOTH, (X.int(), Y.int(), 1.0), {}, ("image_features", "(?i)int", "float32")),
     (BOTH, (X.to(torch.complex64),) * 2 + (1.0,), {}, ("image_features", "(?i)complex", "float")),
     (BOTH, (X, Y.to("meta"), 1.0), {}, ("text_features", "meta", "cpu")),
     (BOTH, (X, [[1.0]], 1.0), {}, ("text_features", "list", "(?i)tensor")),
-    (BOTH, (X, Y, torch.ones(2)), {}, ("logit_scale", r"\[2\]", r"\(1,\)")),
-    (BOTH, (X, Y, torch.ones(1, 1)), {}, ("logit_scale", r"\[1, 1\]", r"\(1,\)")),
+    (BOTH, (X, Y, torch.ones(2)), {}, ("logit_scale", sizes(2), r"\(1,\)")),
+    (BOTH, (X, Y, torch.ones(1, 1)), {}, ("logit_scale", sizes(1, 1), r"\(1,\)")),
     (BOTH, (X, Y, torch.tensor(1)), {}, ("logit_scale", "(?i)int|long", "(?i)float")),
     (BOTH, (X, Y, torch.ones((), device="meta")), {}, ("logit_scale", "meta", "cpu")),
     (BOTH, (X, Y, "1"), {}, ("logit_scale", "str", "(?i)float")),
-    (BOTH, (X, Y, 1.0, torch.ones(3)), {}, ("logit_bias", r"\[3\]", r"\(1,\)")),
+    (BOTH, (X, Y, 1.0, torch.ones(3)), {}, ("logit_bias", sizes(3), r"\(1,\)")),
     (BOTH, (X, Y, 1.0), {"image_ids": IDS["image_ids"]}, ("image_ids", "text_ids")),
     (BOTH, (X, Y, 1.0), {"text_ids": IDS["text_ids"]}, ("image_ids", "text_ids")),
     (BOTH, (X, Y, 1.0), {**IDS, "image_ids": torch.arange(6)}, ("image_ids", "6", "5")),
     (BOTH, (X, Y, 1.0), {**IDS, "text_ids": torch.arange(5)}, ("text_ids", "5", "6")),
-    (BOTH, (X, Y, 1.0), {**IDS, "text_ids": IDS["text_ids"][:, None]}, ("text_ids", "6, 1", "6")),
+    (
+        BOTH,
+        (X, Y, 1.0),
+        {**IDS, "text_ids": IDS["text_ids"][:, None]},
+        ("text_ids", sizes(6, 1), "6"),
+    ),
     (BOTH, (X, Y, 1.0), {**IDS, "image_ids": torch.ones(5)}, ("image_ids", "(?i)float", "int")),
     (BOTH, (X, Y, 1.0), {"ignore_same_ids": True}, ("ignore_same_ids", "image_ids", "text_ids")),
     (BOTH, (X, Y, 1.0), {"labels": torch.arange(4)}, ("labels", "4", "5")),

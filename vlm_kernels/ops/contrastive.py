@@ -52,7 +52,7 @@ def clip_loss(
     return_metrics: bool = False,
     backend: str = "auto",
 ) -> Any:
-    """Symmetric InfoNCE over all pairs of two batches (CLIP, Radford et al. 2021, arXiv:2103.00020).
+    """Symmetric InfoNCE over all pairs of two batches (CLIP, Radford et al., arXiv:2103.00020).
 
     The logits are logit_scale * image_features @ text_features.T + logit_bias. Features are taken
     as they are: normalise them first.
@@ -77,13 +77,13 @@ def clip_loss(
         workspace_mb: MiB of scratch, similarity kept for the backward included (default 256).
             More of it saves recomputation, less of it memory; the loss does not change.
         return_metrics: also return a dict of detached fp32 scalars: image_to_text_top1,
-            text_to_image_top1, positive_logit, negative_logit, and per direction _entropy (nats) and
-            _perplexity of the softmax.
+            text_to_image_top1, positive_logit, negative_logit, and for each direction's softmax
+            _entropy (nats) and _perplexity.
         backend: "auto", "cpu" or "reference"; see `vlm_kernels.explain`.
 
     Returns:
-        The loss, fp32 of shape (); for "none" a tuple (row (N,), column (M,)), 0 without a positive.
-        With `return_metrics`, a tuple (loss, metrics).
+        The loss, fp32 of shape (); for "none" a tuple (row (N,), column (M,)), 0 where there is
+        no positive.        With `return_metrics`, a tuple (loss, metrics).
 
     Raises:
         ValueError, TypeError: arguments that do not fit, before any work; the message names what
@@ -131,14 +131,8 @@ def clip_loss(
     scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale)
     row_weight, column_weight = _weights("clip_loss", weights)
     workspace_mb = _WORKSPACE_MB if workspace_mb is None else workspace_mb
-    args = (
-        scale,
-        scale_value,
-        image_ids,
-        text_ids,
-        labels,
-        row_weight,
-        column_weight,
+    tensors = (image_ids, text_ids, labels, row_weight, column_weight)
+    options = (
         label_smoothing,
         ignore_same_ids,
         _DIRECTIONS[directions],
@@ -150,18 +144,26 @@ def clip_loss(
         raise ValueError(
             f"clip_loss: logit_bias has shape {tuple(bias.shape)}, expected () or (1,)"
         )
+    metrics = None
     if torch.is_grad_enabled() and (
         image_features.requires_grad
         or text_features.requires_grad
         or (scale is not None and scale.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        loss, metrics = _ClipLossFn.apply(
-            image_features, text_features, bias, return_metrics, *args
+        loss = _ClipLossFn.apply(
+            image_features,
+            text_features,
+            scale,
+            bias,
+            *tensors,
+            (scale_value, return_metrics, options),
         )
+        if return_metrics:
+            loss, metrics = loss
     else:
         loss, _, _, metrics = _ops().clip_loss_fwd(
-            image_features, text_features, *args, 0, return_metrics
+            image_features, text_features, scale, scale_value, *tensors, *options, 0, return_metrics
         )
     if reduction == "none":
         loss = loss.split((image_features.shape[0], text_features.shape[0]))
@@ -184,7 +186,7 @@ def siglip_loss(
     return_metrics: bool = False,
     backend: str = "auto",
 ) -> Any:
-    """Sigmoid loss over all pairs of two batches (SigLIP, Zhai et al. 2023, arXiv:2303.15343).
+    """Sigmoid loss over all pairs of two batches (SigLIP, Zhai et al., arXiv:2303.15343).
 
     The sum over pairs of -log sigmoid(z * logit), z = 1 for positives and -1 otherwise, with logits
     logit_scale * image_features @ text_features.T + logit_bias.
@@ -236,16 +238,8 @@ def siglip_loss(
         (None, 0.0) if logit_bias is None else _scalar("siglip_loss", "logit_bias", logit_bias)
     )
     row_weight, column_weight = _weights("siglip_loss", weights)
-    args = (
-        scale,
-        scale_value,
-        bias,
-        bias_value,
-        image_ids,
-        text_ids,
-        labels,
-        row_weight,
-        column_weight,
+    tensors = (image_ids, text_ids, labels, row_weight, column_weight)
+    options = (
         ignore_same_ids,
         _REDUCTIONS[reduction],
         _WORKSPACE_MB if workspace_mb is None else workspace_mb,
@@ -258,13 +252,26 @@ def siglip_loss(
             + _NEED_SCALE * (scale is not None and scale.requires_grad)
             + _NEED_BIAS * (bias is not None and bias.requires_grad)
         )
+    metrics = None
     if needs:
-        loss, metrics = _SiglipLossFn.apply(
-            image_features, text_features, needs, return_metrics, *args
+        values = (scale_value, bias_value, needs, return_metrics)
+        loss = _SiglipLossFn.apply(
+            image_features, text_features, scale, bias, *tensors, (values, options)
         )
+        if return_metrics:
+            loss, metrics = loss
     else:
         loss, _, _, _, metrics = _ops().siglip_loss_fwd(
-            image_features, text_features, *args, 0, return_metrics
+            image_features,
+            text_features,
+            scale,
+            scale_value,
+            bias,
+            bias_value,
+            *tensors,
+            *options,
+            0,
+            return_metrics,
         )
     return (loss, _metrics(metrics, logit_bias)) if return_metrics else loss
 
@@ -272,81 +279,93 @@ def siglip_loss(
 class _ClipLossFn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, bias: Tensor | None, metrics: bool, *args: Any
-    ) -> tuple[Tensor, Tensor]:
-        n, m, workspace_mb = image.shape[0], text.shape[0], args[-1]
-        panels = _kept_panels(n, m, image.shape[1], workspace_mb)
-        loss, stats, kept, measured = _ops().clip_loss_fwd(image, text, *args, panels, metrics)
-        scale, value, image_ids, text_ids, labels, row, column, *options = args
-        ctx.save_for_backward(
-            image, text, bias, stats, kept, scale, image_ids, text_ids, labels, row, column
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        *rest: Any,  # image_ids, text_ids, labels, row, column weights, (value, metrics, options)
+    ) -> Any:
+        *tensors, (value, metrics, options) = rest
+        panels = _kept_panels(image.shape[0], text.shape[0], image.shape[1], options[-1])
+        loss, stats, kept, measured = _ops().clip_loss_fwd(
+            image, text, scale, value, *tensors, *options, panels, metrics
         )
+        ctx.save_for_backward(image, text, scale, bias, stats, kept, *tensors)
         ctx.value, ctx.options = value, options
+        if not metrics:
+            return loss
         ctx.mark_non_differentiable(measured)
         return loss, measured
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        image, text, bias, stats, kept, scale, *pairs = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        needs = _NEED_IMAGE * wants[0] + _NEED_TEXT * wants[1] + _NEED_SCALE * wants[4]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        image, text, scale, bias, stats, kept, *tensors = ctx.saved_tensors
+        need_image, need_text, need_scale, need_bias = ctx.needs_input_grad[:4]
+        needs = _NEED_IMAGE * need_image + _NEED_TEXT * need_text + _NEED_SCALE * need_scale
         grads: Any = (None, None, None)
         if needs:
             grads = _ops().clip_loss_bwd(
-                grad, image, text, scale, ctx.value, *pairs, *ctx.options, stats, kept, needs
+                grad, image, text, scale, ctx.value, *tensors, *ctx.options, stats, kept, needs
             )
-        # no softmax depends on the bias
-        bias_grad = torch.zeros_like(bias) if wants[2] else None
         return (
-            grads[0] if wants[0] else None,
-            grads[1] if wants[1] else None,
-            bias_grad,
-            None,
-            grads[2] if wants[4] else None,
-            *[None] * 11,
+            grads[0] if need_image else None,
+            grads[1] if need_text else None,
+            grads[2] if need_scale else None,
+            torch.zeros_like(bias) if need_bias else None,  # no softmax depends on it
+            *[None] * 6,
         )
 
 
 class _SiglipLossFn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, needs: int, metrics: bool, *args: Any
-    ) -> tuple[Tensor, Tensor]:
-        loss, *formed, measured = _ops().siglip_loss_fwd(image, text, *args, needs, metrics)
-        scale, value, bias, bias_value, *rest = args
-        ctx.save_for_backward(image, text, *formed, scale, bias, *rest[:5])
-        ctx.values, ctx.options, ctx.needs = (value, bias_value), rest[5:], needs
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        *rest: Any,  # image_ids, text_ids, labels, row and column weights, (values, options)
+    ) -> Any:
+        *tensors, (values, options) = rest
+        scale_value, bias_value, needs, metrics = values
+        loss, *formed, measured = _ops().siglip_loss_fwd(
+            image, text, scale, scale_value, bias, bias_value, *tensors, *options, needs, metrics
+        )
+        ctx.save_for_backward(image, text, scale, bias, *formed, *tensors)
+        ctx.values, ctx.options = values, options
+        if not metrics:
+            return loss
         ctx.mark_non_differentiable(measured)
         return loss, measured
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        image, text, *formed, scale, bias, i, t, labels, row, column = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        image, text, scale, bias, *rest = ctx.saved_tensors
+        formed, tensors = rest[:3], rest[3:]
+        scale_value, bias_value, needs, _metrics = ctx.values
         if torch.compiler.is_compiling() or _graph_is_kept():
             run = _ops().siglip_loss_bwd
         else:
             run = _C.siglip_loss_bwd_in_place  # type: ignore[union-attr]
-        pairs = (i, t, labels, row, column)
         grads = run(
             grad,
             image,
             text,
             scale,
-            ctx.values[0],
+            scale_value,
             bias,
-            ctx.values[1],
-            *pairs,
+            bias_value,
+            *tensors,
             *ctx.options,
             *formed,
-            ctx.needs,
+            needs,
         )
-        image_grad, text_grad, scale_grad, bias_grad = (
-            g if ctx.needs & bit else None
-            for g, bit in zip(grads, (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS), strict=True)
-        )
-        return (image_grad, text_grad, None, None, scale_grad, None, bias_grad, *[None] * 9)
+        bits = (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS)
+        needed = (g if needs & bit else None for g, bit in zip(grads, bits, strict=True))
+        return (*needed, *[None] * 6)
 
 
 def _ops() -> Any:
@@ -364,8 +383,9 @@ def _kept_panels(n: int, m: int, d: int, workspace_mb: int) -> Any:
     rows = (n + 127) // 128 * 128
     reserve = 16384 * d + (6 << 20)  # bytes of a block's operands
     free = max(0, (workspace_mb << 20) - reserve)
-    # whole tiles of 4 panels, or everything
-    return torch.sym_min(free // (torch.sym_max(rows, 128) * 256) // 4 * 4, (m + 63) // 64)
+    fit = free // (rows * 256 + 1) // 4 * 4  # whole tiles of 4 panels, or everything
+    panels = (m + 63) // 64
+    return min(fit, panels) if isinstance(panels, int) else torch.sym_min(fit, panels)
 
 
 def _unknown(op: str, name: str, value: object, known: dict[str, int]) -> str:
@@ -496,9 +516,7 @@ def _check_reference(
         if vector is None:
             continue
         if vector.shape != (length,):
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(vector.shape)}, expected ({length},)"
-            )
+            raise ValueError(f"{op}: {name} has shape {tuple(vector.shape)}, expected ({length},)")
         floating = vector.is_floating_point()
         if floating == integral or vector.dtype == torch.bool or vector.is_complex():
             kind = "integer" if integral else "floating-point"
@@ -521,9 +539,7 @@ def _check_reference(
         raise ValueError(f"{op}: workspace_mb is {workspace_mb}, expected a positive number of MiB")
 
 
-def _why_not_cpu(
-    image_features: Tensor, text_features: Tensor, *_: Any, **__: Any
-) -> str | None:
+def _why_not_cpu(image_features: Tensor, text_features: Tensor, *_: Any, **__: Any) -> str | None:
     for name, x in (("image_features", image_features), ("text_features", text_features)):
         if x.device.type != "cpu":
             return f"{name} is on {x.device}"

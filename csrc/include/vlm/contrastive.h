@@ -68,7 +68,7 @@ struct SigmoidTerms {
   float* row_loss = nullptr;          // (N,) sum over columns of the weighted pair losses, or null
 };
 
-enum class ContrastivePass { stats, loss, grads };
+enum class ContrastivePass { forward, grads };
 
 namespace cpu {
 
@@ -76,7 +76,8 @@ namespace cpu {
 // plus the fp32 accumulator of dLoss/dimage for 16-bit inputs, plus O(N + M).
 int64_t contrastive_scratch_bytes(const ContrastiveInputs& in, ContrastivePass pass);
 
-// Softmax statistics of both directions (a direction whose `max` is null is skipped). Pass: stats.
+// Softmax statistics of both directions (a direction whose `max` is null is skipped). Pass:
+// forward.
 // Fills `kept.panels` panels of similarity where kept.data is given.
 void clip_stats(const ContrastiveInputs& in, const SoftmaxStats& row, const SoftmaxStats& col,
                 const KeptSimilarity& kept, void* scratch);
@@ -87,9 +88,10 @@ void clip_grads(const ContrastiveInputs& in, const SoftmaxGrad& row, const Softm
                 const KeptSimilarity& kept, const ContrastiveGrads& out, void* scratch);
 
 // Row losses of the sigmoid loss and, in the same pass, its gradients with respect to the
-// similarity (not yet multiplied by the scale). Pass: grads if any is asked for, else loss.
-void sigmoid_loss(const ContrastiveInputs& in, const SigmoidTerms& terms,
-                  const ContrastiveGrads& out, void* scratch);
+// similarity (not yet multiplied by the scale) and the softmax statistics whose members are given.
+// Pass: grads if any gradient is asked for, else forward.
+void sigmoid_loss(const ContrastiveInputs& in, const SigmoidTerms& terms, const SoftmaxStats& row,
+                  const SoftmaxStats& col, const ContrastiveGrads& out, void* scratch);
 
 }  // namespace cpu
 }  // namespace vlm

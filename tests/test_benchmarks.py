@@ -1,0 +1,312 @@
+"""The benchmark suite itself: its rows, and that `--check` is as strict as it says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def suite() -> Iterator[ModuleType]:
+    """The package `benchmarks`, which is not installed, with all its modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        importlib.import_module("benchmarks.__main__")
+        yield importlib.import_module("benchmarks")
+
+
+@pytest.fixture
+def row(suite: ModuleType):
+    """Makes a row of a file of results; by default one of ours that counts."""
+
+    def make(kind: str = "time", **fields: Any) -> dict[str, Any]:
+        default = {"provider": "vlm_kernels", "ours": True, "backend": "cpu", "counts": True}
+        return asdict(suite.record.Row(kind, **{**default, **fields}))
+
+    return make
+
+
+@pytest.fixture
+def passing(suite: ModuleType, row) -> list[dict[str, Any]]:
+    """Rows that hold every target, each by a little."""
+    targets = suite.targets
+    rows = [
+        row(
+            op=t.op,
+            mode="full",
+            dtype=t.dtype,
+            n=n,
+            m=n,
+            d=d,
+            workspace_mb=t.workspace_mb,
+            speedup=t.geomean * 1.01,
+            roofline_pct=50.0,
+        )
+        for t in targets.SPEED
+        for n, d in t.shapes
+    ]
+    n, d = targets.MEMORY_SHAPE
+    rows += [
+        row("memory", op=t.op, mode="full", dtype=t.dtype, n=n, m=n, d=d, peak_mib=t.limit * 0.99,
+            workspace_mb=targets.MEMORY_MB)
+        for t in targets.MEMORY
+    ]  # fmt: skip
+    return rows + [row("cost", name=t.name, value=t.limit * 0.99) for t in targets.COST]
+
+
+def misses(suite: ModuleType, rows: list[dict[str, Any]]) -> list[str]:
+    return [str(verdict) for verdict in suite.targets.check(rows) if verdict.ok is False]
+
+
+def change(rows: list[dict[str, Any]], change: dict[str, Any], **where: Any) -> None:
+    """Changes the first row that has these values."""
+    found = next(r for r in rows if all(r[key] == value for key, value in where.items()))
+    found.update(change)
+
+
+def test_check_holds_where_every_target_does(suite: ModuleType, passing, capsys) -> None:
+    assert all(verdict.ok for verdict in suite.targets.check(passing))
+    assert suite.report.show(passing, False, None, True) == 0
+    assert "0 missed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("where", "changed", "reason"),
+    [
+        ({"op": "clip_loss", "dtype": "fp32", "n": 4096}, {"speedup": 1.24}, "worst 1.24x"),
+        ({"workspace_mb": 16}, {"speedup": 1.04}, "1.04x"),
+        ({"op": "siglip_loss"}, {"counts": False, "backend": "reference"}, "backend reference"),
+        ({"op": "siglip_loss"}, {"status": "error", "reason": "Boom: no"}, "Boom: no"),
+        ({"kind": "time"}, {"speedup": None}, "no peer ran"),
+        ({"kind": "memory", "dtype": "fp32"}, {"peak_mib": 40.1}, "40.1 MiB"),
+        ({"kind": "memory"}, {"counts": False, "backend": "reference"}, "backend reference"),
+        ({"name": "import"}, {"value": 0.11}, "0.11 s"),
+        ({"name": "call, no gradients"}, {"status": "skipped", "reason": "no _C"}, "no _C"),
+    ],
+)
+def test_check_fails_for_one_bad_row(
+    suite: ModuleType, passing, where, changed, reason, capsys
+) -> None:
+    change(passing, changed, **where)
+    (missed,) = misses(suite, passing)
+    assert reason in missed
+    assert suite.report.show(passing, False, None, True) == 1
+    assert "MISS" in capsys.readouterr().out
+
+
+def test_check_takes_the_geomean_of_all_shapes(suite: ModuleType, passing) -> None:
+    for r in passing:
+        if r["op"] == "siglip_loss" and r["dtype"] == "bf16" and r["kind"] == "time":
+            r["speedup"] = 1.49  # above the floor everywhere
+    (missed,) = misses(suite, passing)
+    assert "siglip_loss full bf16" in missed
+
+
+def test_a_loss_is_never_hidden_by_another_row(suite: ModuleType, passing, row) -> None:
+    # the worst of several measurements of one cost counts
+    passing.append(row("cost", name="import", value=0.5))
+    assert len(misses(suite, passing)) == 1
+
+
+def test_check_of_a_run_that_measured_nothing_fails(suite: ModuleType, row, capsys) -> None:
+    rows = [row(op="clip_loss", mode="full", dtype="fp32", n=7, m=7, d=3, speedup=9.0)]
+    assert {verdict.ok for verdict in suite.targets.check(rows)} == {None}
+    assert suite.report.show(rows, False, None, True) == 1
+    assert "0 targets hold" in capsys.readouterr().out
+
+
+def test_check_says_how_many_shapes_were_run(suite: ModuleType, passing) -> None:
+    kept = [r for r in passing if r["kind"] == "time" and r["n"] == 2048]
+    held = [verdict for verdict in suite.targets.check(kept) if verdict.ok]
+    assert len(held) == 4
+    assert all("only 2 of 6 shapes" in verdict.got for verdict in held)
+
+
+def test_run_writes_a_full_row_for_each_provider(suite: ModuleType, tmp_path, capsys) -> None:
+    file, picture = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    command = "run --quick --mode fwd,full --shapes 48x16,32x40x16 --peers open_clip --repeats 2"
+    command += f" --min-time 0 --json {file} --plot {picture}"
+    assert suite.__main__.main(command.split()) == 0
+    rows = suite.record.read(str(file))
+    # 2 losses, 2 modes, 2 dtypes, 2 shapes, ours and a peer
+    assert len(rows) == 32
+    for r in rows:
+        assert set(r) == set(suite.record.FIELDS)
+        assert r["machine"]["torch"] == torch.__version__
+        assert r["repro"].startswith("python -m benchmarks run")
+        if r["status"] != "ok":
+            assert (r["provider"], r["n"], r["m"]) == ("open_clip", 32, 40)
+            assert "one to one" in r["reason"]
+            continue
+        assert r["ms_p20"] <= r["ms"] <= r["ms_p80"]
+        assert r["samples"] == 2 or not r["ours"]
+        assert r["tflops"] == pytest.approx(r["flops"] / r["ms"] / 1e9)
+        assert r["peak_tflops"] > 0
+        assert r["roofline_pct"] > 0
+        grads = {"image_features", "text_features", "logit_scale", "logit_bias"}
+        if r["op"] == "clip_loss":
+            grads.remove("logit_bias")
+        assert set(r["err"]) == {"loss"} | (grads if r["mode"] == "full" else set())
+        assert max(r["err"].values()) < 0.2
+        assert r["counts"] == (r["ours"] and r["backend"] == "cpu")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    printed = capsys.readouterr().out
+    assert suite.__main__.main(["report", str(file)]) == 0
+    assert capsys.readouterr().out == printed
+    assert suite.__main__.main(["report", str(file), "--markdown"]) == 0
+    assert "| case |" in capsys.readouterr().out
+
+
+def test_a_fallback_never_counts_as_ours(suite: ModuleType, capsys) -> None:
+    command = "run --quick --op siglip_loss --dtype fp32 --shapes 16x8 --peers open_clip"
+    command += " --backend reference --repeats 1 --min-time 0 --check"
+    assert suite.__main__.main(command.split()) == 1
+    printed = capsys.readouterr().out
+    assert "not our kernel" in printed
+    assert "no row of ours counts" in printed
+
+
+def provider(suite: ModuleType, name: str, loss: Any) -> Any:
+    return suite.peers.Provider(name, lambda dynamic: loss)
+
+
+def test_what_fails_or_does_not_fit_is_a_row_with_a_reason(suite: ModuleType, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the peer\nhas two lines")
+
+    case = suite.measure.Case("clip_loss", "full", "fp32", 16, 16, 8)
+    settings = suite.measure.Settings(repeats=1, min_time=0.0)
+    rows = suite.measure.time_case(case, [provider(suite, "broken", broken)], settings)
+    assert (rows[0].status, rows[0].reason, rows[0].ms) == ("error", "RuntimeError: the peer", None)
+
+    monkeypatch.setattr(suite.measure, "_available", lambda: 16 * 16 * 4)
+    (huge, *_) = suite.peers.choose("clip_loss", "open_clip")
+    (row,) = suite.measure.time_case(case, [huge], settings)
+    assert row.status == "skipped"
+    assert row.reason.startswith("needs about")
+
+
+def test_a_slow_peer_is_timed_once_and_ours_never_dropped(suite: ModuleType, monkeypatch) -> None:
+    seconds = {"ours": 9.0, "fast": 1.0, "near": 1.4, "slow": 1.6}
+
+    def interleaved(fns, rounds=None, min_rounds=0, **_):
+        count = rounds or min_rounds
+        return {name: suite.measure.timing.Timing([seconds[name]] * count) for name in fns}
+
+    monkeypatch.setattr(suite.measure.timing, "interleaved", interleaved)
+    settings = suite.measure.Settings(repeats=5)
+    times = suite.measure._times(dict.fromkeys(seconds, lambda: None), {"ours"}, settings)
+    assert {name: len(t) for name, t in times.items()} == {
+        "ours": 5,
+        "fast": 5,
+        "near": 5,
+        "slow": 1,
+    }
+
+
+def test_rows_are_compared_with_the_best_peer_and_the_limit(suite: ModuleType) -> None:
+    same: dict[str, Any] = {"op": "clip_loss", "mode": "full", "dtype": "fp32"}
+    same |= {"n": 64, "m": 64, "d": 8, "flops": 1e9, "bytes": 1.0}
+    rows = [
+        suite.record.Row("time", "vlm_kernels", True, ms=2.0, **same),
+        suite.record.Row("time", "slower", False, ms=9.0, **same),
+        suite.record.Row("time", "best", False, ms=3.0, **same),
+        suite.record.Row("time", "failed", False, status="error", **same),
+        suite.record.Row("time", "elsewhere", False, ms=1.0, **{**same, "d": 16}),
+    ]
+    limits = suite.roofline.Roofline({"fp32": 4e11}, {"fp32": "mm"}, 1e9)
+    suite.run.finish(rows, limits)
+    assert (rows[0].best_peer, rows[0].speedup) == ("best", 1.5)
+    assert rows[0].roofline_pct == pytest.approx(125)
+    assert rows[0].suspicious
+    assert not rows[1].suspicious
+    assert rows[3].speedup is None
+    text = suite.report.table([asdict(r) for r in rows])
+    assert text.count("SUSPICIOUS") == 2  # ours, and the row of its own case
+
+
+def test_the_roofline_keeps_the_better_of_two(suite: ModuleType) -> None:
+    first = suite.roofline.Roofline({"fp32": 2.0, "bf16": 5.0}, {"fp32": "a", "bf16": "a"}, 3.0)
+    second = suite.roofline.Roofline({"fp32": 3.0, "bf16": 4.0}, {"fp32": "b", "bf16": "b"}, 2.0)
+    best = first.best(second)
+    assert (best.flops, best.bytes) == ({"fp32": 3.0, "bf16": 5.0}, 3.0)
+    assert best.source == {"fp32": "b", "bf16": "a"}
+    # bound by the bytes, then by the products
+    assert best.seconds("fp32", flops=3.0, moved=30.0) == 10.0
+    assert best.seconds("fp32", flops=60.0, moved=3.0) == 20.0
+
+
+def test_memory_sees_the_matrices_that_a_peer_holds(suite: ModuleType) -> None:
+    case = suite.measure.Case("clip_loss", "full", "fp32", 2048, 2048, 16)
+    settings = suite.measure.Settings()
+    (peer,) = suite.peers.choose("clip_loss", "open_clip")
+    row = suite.measure.memory_case(case, peer, settings)
+    assert (row.status, row.reason) == ("ok", "")
+    assert row.peak_mib > 2 * 2048**2 * 4 / 2**20
+    ours = suite.measure.memory_case(case, suite.peers.ours("clip_loss", 4), settings)
+    assert ours.status == "ok"
+    if ours.counts:
+        assert ours.peak_mib < row.peak_mib / 3
+
+
+def test_costs(suite: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(suite.cost, "_CALLS", 5)
+    monkeypatch.setattr(suite.cost, "_ROUNDS", 2)
+    threads = torch.get_num_threads()
+    rows = suite.cost.overhead("clip_loss")
+    assert torch.get_num_threads() == threads
+    assert [r.name for r in rows] == ["call, no gradients", "call, gradients", "call and backward"]
+    assert all(r.value is not None or r.reason for r in rows)
+    assert 0 < suite.cost.import_seconds(runs=1) < 5
+
+
+def test_files_are_overwritten_or_appended_to(suite: ModuleType, tmp_path) -> None:
+    file = str(tmp_path / "new" / "rows.jsonl")
+    one = [suite.record.Row("cost", "vlm_kernels", True, name="import", value=0.1, unit="s")]
+    suite.record.write(one, file)
+    suite.record.write(one, file)
+    assert len(suite.record.read(file)) == 1
+    suite.record.write(one, file, append=True)
+    assert len(suite.record.read(file)) == 2
+
+
+@pytest.mark.parametrize("line", ["not json", json.dumps({"kind": "time"})])
+def test_a_damaged_file_is_named(suite: ModuleType, tmp_path, line, capsys) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(line + "\n")
+    assert suite.__main__.main(["report", str(file)]) == 2
+    assert "line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--peers nobody", "--shapes 12", "--shapes 0x4", "--dtype int8", "--mode bwd", "--threads 0"],
+)
+def test_a_wrong_argument_is_refused_before_anything_runs(suite: ModuleType, argument, capsys):
+    with pytest.raises(SystemExit) as stop:
+        suite.__main__.main(["run", *argument.split()])
+    assert stop.value.code == 2
+    assert argument.split()[0] in capsys.readouterr().err
+
+
+def test_a_commit_travels_in_a_file(suite: ModuleType, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(suite.record, "ROOT", tmp_path)
+    suite.record.this_commit.cache_clear()
+    try:
+        assert suite.record.this_commit() == (None, None)
+        (tmp_path / "COMMIT").write_text("abc123 dirty\n")
+        suite.record.this_commit.cache_clear()
+        assert suite.record.this_commit() == ("abc123", True)
+    finally:
+        suite.record.this_commit.cache_clear()
