@@ -32,8 +32,8 @@ REQUIRED_ACCURACY = 0.95
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--loss", choices=("clip", "siglip"), default="clip")
-    parser.add_argument("--steps", type=int, default=250, help="default: 250")
-    parser.add_argument("--batch", type=int, default=256, help="pairs in a batch, default: 256")
+    parser.add_argument("--steps", type=int, default=300, help="default: 300")
+    parser.add_argument("--batch", type=int, default=128, help="pairs in a batch, default: 128")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", default="demo.png", help="the picture, default: demo.png")
