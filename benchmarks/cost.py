@@ -167,18 +167,20 @@ def build_wheel() -> list[Row]:
 
 def measure_all(build: bool = False) -> list[Row]:
     """A row for each cost."""
+    load = record.OtherLoad()
     rows = [_row("import", import_seconds(), "s", "above torch's own")]
     for op in peers.OPS:
         rows += overhead(op)
-    return rows + (build_wheel() if build else [])
+    rows += build_wheel() if build else []
+    share = load.share()
+    for row in rows:
+        row.other_load = share
+    return rows
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 1 if `--check` finds a miss."""
-    load = record.OtherLoad()
     rows = measure_all(args.build)
-    for row in rows:
-        row.other_load = load.share()
     if args.json:
         record.write(rows, args.json, args.append)
     return report.show([asdict(row) for row in rows], args.markdown, None, args.check)

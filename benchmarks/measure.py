@@ -19,7 +19,7 @@ from vlm_kernels.testing.specs import contrastive as spec
 from vlm_kernels.testing.tolerances import relative_error
 
 from . import peers
-from .record import Row
+from .record import OtherLoad, Row
 from .roofline import DTYPES
 
 # A trained CLIP and a trained SigLIP.
@@ -65,14 +65,14 @@ class Settings:
 
     Attributes:
         repeats: rounds at least; min_time: seconds of rounds a case at least.
-        error_rows: the error is measured at this N at most, since fp64 holds the N x M matrix.
+        error_rows: the error is measured at this N at most: fp64 holds the N x M matrix many times.
     """
 
     threads: int = 2
     backend: str = "auto"
     repeats: int = 5
     min_time: float = 2.0
-    error_rows: int = 4096
+    error_rows: int = 2048
     memory_timeout: float = 600.0
 
 
@@ -111,7 +111,11 @@ def time_case(case: Case, providers: Sequence[peers.Provider], settings: Setting
         except Exception as error:  # whatever a peer or a kernel raises belongs in its row
             row.status, row.reason = "error", reason_of(error)
     ours = {provider.key for provider in providers if provider.ours}
-    for key, seconds in _times(runs, ours, settings).items():
+    load = OtherLoad()
+    times = _times(runs, ours, settings)
+    share = load.share()
+    for key, seconds in times.items():
+        rows[key].other_load = share
         spread = timing.Timing(seconds)
         rows[key].ms, rows[key].samples = spread.median * 1e3, len(seconds)
         rows[key].ms_p20, rows[key].ms_p80 = spread.p20 * 1e3, spread.p80 * 1e3
@@ -229,11 +233,13 @@ def memory_case(case: Case, provider: peers.Provider, settings: Settings) -> Row
         return row
     step = f"memory_step({case!r}, {provider.name!r}, {provider.workspace_mb!r}, {settings!r})"
     setup = f"from benchmarks.measure import Case, Settings, memory_step\nstep = {step}"
+    load = OtherLoad()
     try:
         peak = timing.peak_rss_delta(setup, "kept = step()", timeout_s=settings.memory_timeout)
         row.peak_mib = (peak - case.gradient_bytes) / 2**20
     except Exception as error:  # out of memory, a timeout, whatever the call raised
         row.status, row.reason = "error", reason_of(error)
+    row.other_load = load.share()
     return row
 
 

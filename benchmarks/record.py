@@ -95,7 +95,7 @@ class Row:
         peak_mib: peak resident memory above inputs and gradients, in a fresh process.
         best_peer, speedup: the fastest peer of the row, and its time over this row's.
         name, value, unit: of a cost.
-        other_load: share of the machine that other processes took during the run.
+        other_load: share of the machine that other processes took meanwhile.
     """
 
     kind: str

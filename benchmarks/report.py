@@ -68,7 +68,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("ms", lambda r: _number(r["ms"])),
     ("p20-p80", lambda r: f"{_number(r['ms_p20'])}-{_number(r['ms_p80'])}" if r["ms"] else "-"),
     ("n", lambda r: str(r["samples"] or "-")),
-    ("TFLOP/s", lambda r: _number(r["tflops"])),
+    ("GFLOP/s", lambda r: "-" if r["tflops"] is None else _number(r["tflops"] * 1e3)),
     ("GB/s", lambda r: _number(r["gbps"])),
     ("roofline", lambda r: "-" if r["roofline_pct"] is None else f"{r['roofline_pct']:.0f} %"),
     ("err loss / grads", _errors),
@@ -153,7 +153,7 @@ def _about(rows: Sequence[Row]) -> list[str]:
     loads = [r["other_load"] for r in rows if r["other_load"] is not None]
     if loads and max(loads) > 0.05:
         lines.append(
-            f"WARNING: other processes took {max(loads):.0%} of this machine during the run"
+            f"WARNING: other processes took up to {max(loads):.0%} of this machine meanwhile"
         )
     return lines
 
@@ -173,61 +173,60 @@ def table(rows: Sequence[Row], markdown: bool = False) -> str:
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-    """Bars of milliseconds (log scale), a panel an op, mode and dtype; ours carry the ratio."""
+    """A picture: a panel an op, mode and dtype, and for each shape the providers' useful GFLOP/s.
+
+    Bars start at 0, so their heights compare as speeds. Each carries its milliseconds, ours
+    also the ratio to the best peer; a line shows the limit measured in the run.
+    """
     # imported here: tables need no matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     timed = [row for row in rows if row["kind"] == "time" and row["ms"] is not None]
-    panels = sorted({(r["op"], r["mode"], r["dtype"]) for r in timed})
-    if not panels:
+    if not timed:
         raise ValueError("plot: no row was timed")
+    panels = list(dict.fromkeys(map(_panel, timed)))
+    names = list(dict.fromkeys(map(_provider, timed)))
+    most = max(len({_case(r) for r in timed if _panel(r) == panel}) for panel in panels)
     across = min(len(panels), 2)
     down = math.ceil(len(panels) / across)
-    names = list(dict.fromkeys(_provider(row) for row in timed))
-    most = max(len({_case(r) for r in timed if _panel(r) == panel}) for panel in panels)
-    width = max(5.0, 1.2 + 0.22 * most * len(names))
-    figure = Figure(figsize=(width * across, 3.4 * down + 0.8), layout="constrained")
+    width = max(5.0, 1.2 + 0.25 * most * len(names))
+    figure = Figure(figsize=(width * across, 3.6 * down + 1.2), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        mine = [row for row in timed if _panel(row) == panel]
-        cases = list(dict.fromkeys(_case(row) for row in mine))
-        shown = [name for name in names if any(_provider(row) == name for row in mine)]
-        size = 0.84 / len(shown)
-        for row in mine:
-            i = shown.index(_provider(row))
-            x = cases.index(_case(row)) + (i - (len(shown) - 1) / 2) * size
-            spread = [[row["ms"] - row["ms_p20"]], [row["ms_p80"] - row["ms"]]]
-            color = f"C{names.index(_provider(row)) % 10}"
-            axes.bar(x, row["ms"], size * 0.92, color=color, yerr=spread, ecolor="0.3")
-            if row["ours"] and row["speedup"] is not None:
-                text = f"{row['speedup']:.2f}x" + ("" if row["counts"] else "*")
-                axes.annotate(
-                    text,
-                    (x, row["ms_p80"]),
-                    (0, 3),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom",
-                    rotation=90,
-                    fontsize=7,
-                )
-        axes.set_yscale("log")
-        axes.margins(y=0.2)
-        axes.set_xticks(range(len(cases)), [case.split()[-1] for case in cases])
+        _draw(axes, [row for row in timed if _panel(row) == panel], names)
         axes.set_title(" ".join(panel))
-        axes.set_xlabel("N x D")
-        axes.set_ylabel("ms (log)")
-        axes.grid(axis="y", which="both", color="0.9")
-        axes.set_axisbelow(True)
     handles = [Patch(color=f"C{i % 10}") for i in range(len(names))]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4))
-    note = "above ours: ratio to the best peer (* not run by our kernel)"
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3))
+    note = "on each bar ms, on ours the ratio to the best peer (* not run by our kernel)"
     figure.suptitle(f"{_about(rows)[0].split(';')[0]}\n{note}", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _draw(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
+    cases = list(dict.fromkeys(map(_case, rows)))
+    shown = [name for name in names if any(_provider(row) == name for row in rows)]
+    size = 0.88 / len(shown)
+    for row in rows:
+        name = _provider(row)
+        x = cases.index(_case(row)) + (shown.index(name) - (len(shown) - 1) / 2) * size
+        axes.bar(x, row["tflops"] * 1e3, size * 0.92, color=f"C{names.index(name) % 10}")
+        text = f" {_number(row['ms'])}"
+        if row["ours"] and row["speedup"] is not None:
+            text += f", {row['speedup']:.2f}x" + ("" if row["counts"] else "*")
+        style = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 7}
+        style["bbox"] = {"color": "white", "pad": 0.3}
+        axes.text(x, row["tflops"] * 1e3, text, weight="bold" if row["ours"] else None, **style)
+    axes.axhline(rows[0]["peak_tflops"] * 1e3, color="0.4", linestyle="--", linewidth=1)
+    # room for the text on the highest bar
+    axes.set_ylim(0, 1.35 * max(row["tflops"] * 1e3 for row in rows))
+    axes.set_xlim(-0.5, len(cases) - 0.5)
+    axes.set_xticks(range(len(cases)), [case.split()[-1] for case in cases])
+    axes.set_xlabel("N x D")
+    axes.set_ylabel("useful GFLOP/s")
 
 
 def _panel(row: Row) -> tuple[str, str, str]:

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="hold the run to the targets; exit status 1 if missed")
     add("--json", metavar="FILE", help="write a JSON line a row, over what the file holds")
     add("--append", action="store_true", help="append to --json instead")
-    plot = "write a picture of the times (default: dist/benchmarks.png)"
+    plot = "write a picture of the speeds (default: dist/benchmarks.png)"
     add("--plot", metavar="FILE", nargs="?", const="dist/benchmarks.png", help=plot)
     add("--markdown", action="store_true", help="print tables in Markdown")
 
@@ -167,7 +167,6 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
         repeats=args.repeats or (3 if args.quick else 5),
         min_time=args.min_time if args.min_time is not None else (0.5 if args.quick else 2.0),
     )
-    load = record.OtherLoad()
     budget = 1.0 if args.quick else 4.0
     _say("measuring the roofline")
     limits = roofline.measure(args.dtype, budget)
@@ -195,9 +194,8 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
     if args.check and not args.quick:
         _say("the cost of having it")
         rows += cost.measure_all()
-    share = load.share()
     for row in rows:
-        row.other_load, row.repro = share, _repro(row, args)
+        row.repro = _repro(row, args)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ TIGHT = ((8192, 512),)
 TIGHT_MB = 16
 MEMORY_SHAPE = (32768, 512)
 MEMORY_MB = 32
+OTHER_LOAD = 0.25
+"""More of the machine than this taken by others, and ratios of two-thread loops mean little."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,25 @@ class Verdict:
 
 
 def check(rows: Iterable[Row]) -> list[Verdict]:
-    """Every target against the rows of a run.
+    """Every target against the rows of a run, and whether the machine was quiet enough to tell.
 
     A row of ours that failed, that had no peer to compare with, or that a fallback ran is a miss of
     its target; `got` says how many shapes were not run.
     """
     rows = [row for row in rows if row["ours"]]
     verdicts = [_speed(t, [r for r in rows if r["kind"] == "time"]) for t in SPEED]
+    verdicts.append(_quiet([r for r in rows if r["kind"] == "time"]))
     verdicts += [_memory(t, [r for r in rows if r["kind"] == "memory"]) for t in MEMORY]
     return verdicts + [_cost(t, [r for r in rows if r["kind"] == "cost"]) for t in COST]
+
+
+def _quiet(rows: list[Row]) -> Verdict:
+    what, want = "a quiet machine (median of the timed rows)", f"others take <= {OTHER_LOAD:.0%}"
+    loads = [row["other_load"] for row in rows if row["other_load"] is not None]
+    if not loads:
+        return Verdict(what, want, "", None)
+    load = statistics.median(loads)
+    return Verdict(what, want, f"{load:.0%}", load <= OTHER_LOAD)
 
 
 def _speed(target: Speed, rows: list[Row]) -> Verdict:

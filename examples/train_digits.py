@@ -14,13 +14,14 @@ import argparse
 import copy
 import math
 import sys
+from pathlib import Path
 
 import torch
 from digits_clip import report
 from digits_clip.data import Tokenizer, batches, load_images
 from digits_clip.losses import OURS, PLAIN
 from digits_clip.measure import LARGE_DIM, LARGE_N, large_batch_cost
-from digits_clip.model import CLIP
+from digits_clip.model import CLIP, EMBED_DIM
 from digits_clip.training import Training
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ REQUIRED_ACCURACY = 0.95
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--loss", choices=("clip", "siglip"), default="clip")
-    parser.add_argument("--steps", type=int, default=300, help="default: 300")
+    parser.add_argument("--steps", type=int, default=400, help="default: 400")
     parser.add_argument("--batch", type=int, default=128, help="pairs in a batch, default: 128")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -43,6 +44,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.steps, args.batch) < 2 or args.threads < 1:
         parser.error("--steps and --batch must be at least 2, --threads at least 1")
+    if not Path(args.out).absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no such folder")
     return args
 
 
@@ -51,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     versions = f"vlm_kernels {vlm_kernels.__version__}, torch {torch.__version__}"
-    print(f"{versions}, {args.threads} threads, {args.loss} loss")
+    print(f"{versions}, {args.threads} threads")
+    features = torch.zeros(args.batch, EMBED_DIM)
+    vlm_kernels.explain(f"{args.loss}_loss", features, features, 1.0)  # says which backend runs
 
     images, labels, test_images, test_labels = load_images()
     tokenizer = Tokenizer()
@@ -64,14 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     ours = Training("vlm_kernels", model, OURS[args.loss], args.steps)
 
     stream = batches(images, labels, tokenizer, steps=args.steps, batch=args.batch, seed=args.seed)
-    with tqdm(
-        stream, total=args.steps, desc="training both", unit="step", mininterval=0.5
-    ) as progress:
-        for batch in progress:
-            for run in (plain, ours):
-                run.step(*batch)
-            losses = {"plain": plain.curve[-1], "ours": ours.curve[-1]}
-            progress.set_postfix(losses, refresh=False)
+    progress = tqdm(stream, "training both", args.steps, unit="step", mininterval=0.5)
+    for batch in progress:
+        for run in (plain, ours):
+            run.step(*batch)
+        progress.set_postfix(plain=plain.curve[-1], ours=ours.curve[-1], refresh=False)
     for run in (plain, ours):
         run.evaluate(tokenizer, test_images, test_labels)
     report.print_training(plain, ours)

@@ -342,7 +342,7 @@ template <class T>
 struct GradTile {
   T* rows;
   int64_t ld;
-  uint32_t* pairs;
+  uint32_t* pairs;      // null: dY is not needed
   int64_t pair_stride;  // words from one panel to the next
 
   // Rows r and r + 1 (r even) at panel p, vector v.
@@ -355,8 +355,10 @@ struct GradTile {
       const vu a = bf16_bits(x), b = bf16_bits(y);
       store(g.rows + at, __builtin_convertvector(a >> 16, vh));
       store(g.rows + at + g.ld, __builtin_convertvector(b >> 16, vh));
-      store(g.pairs + p * g.pair_stride + r / 2 * kPanel + v * kLanes,
-            (a >> 16) | (b & 0xffff0000u));
+      if (g.pairs) {
+        store(g.pairs + p * g.pair_stride + r / 2 * kPanel + v * kLanes,
+              (a >> 16) | (b & 0xffff0000u));
+      }
     }
   }
 };
@@ -504,6 +506,7 @@ struct Scratch {
   uint32_t* grad_pairs;  // bf16: G [panel][bm / 2][64] words
   float* text_grad;      // dY^T of the block: [panel][D][64]
   float* image_grad;     // dX (N, D) of 16-bit inputs
+  float* columns;        // S of whole columns: [panel][N padded][64]
   float* partial;        // statistics: (bm / 128, kFields + 2, bn)
   float* row_vectors;    // up to 3 x N
   float* col_vectors;    // up to 4 x M padded
@@ -530,17 +533,17 @@ template <class T>
 int64_t carve(const Plan& p, int threads, char* base, Scratch<T>* out) {
   Arena arena{base};
   Scratch<T> s{};
-  const bool grads = p.pass == Pass::grads;
   const int64_t panels = p.bn / kPanel;
   s.text_t = arena.take<uint32_t>(panels * p.words(kPerWord<T>) * kPanel);
-  if (grads) {
-    s.text_rows = arena.take<T>(ceil_div(p.d, kPanel) * p.bn * kPanel);
+  if (p.pass.grads && sizeof(T) == 4) s.grad_rows = arena.take<T>(p.bm * (p.bn + kPad));
+  if (p.pass.image) s.text_rows = arena.take<T>(ceil_div(p.d, kPanel) * p.bn * kPanel);
+  if (p.pass.image && !p.f32_out) s.image_grad = arena.take<float>(p.n * p.d);
+  if (p.pass.text) {
     s.image_t = arena.take<T>(p.d * (p.bm + kPad));
-    if (sizeof(T) == 4) s.grad_rows = arena.take<T>(p.bm * (p.bn + kPad));
     if (sizeof(T) == 2) s.grad_pairs = arena.take<uint32_t>(panels * p.bm / 2 * kPanel);
     s.text_grad = arena.take<float>(panels * p.d * kPanel);
-    if (!p.f32_out) s.image_grad = arena.take<float>(p.n * p.d);
   }
+  if (p.pass.whole_columns) s.columns = arena.take<float>(panels * round_up(p.n, kRows) * kPanel);
   s.partial = arena.take<float>(p.bm / kRows * (kFields + 2) * p.bn);
   s.row_vectors = arena.take<float>(3 * p.n);
   s.col_vectors = arena.take<float>(4 * round_up(p.m, kPanel));
@@ -548,7 +551,7 @@ int64_t carve(const Plan& p, int threads, char* base, Scratch<T>* out) {
   Arena thread{nullptr};
   thread.take<T>(kRows * p.image_ld);
   thread.take<float>(kRows * kTileCols);
-  if (grads && sizeof(T) == 2) thread.take<T>(kRows * (p.bn + kPad));
+  if (p.pass.grads && sizeof(T) == 2) thread.take<T>(kRows * (p.bn + kPad));
   s.per_thread_bytes = thread.used;
   s.per_thread = arena.take<char>(threads * thread.used);
   if (out) *out = s;
@@ -565,16 +568,16 @@ Plan make_plan(const ContrastiveInputs& in, Pass pass) {
   p.image_ld = round_up(p.d, kLanes);
   const int64_t most_rows = round_up(p.n, kRows), most_cols = round_up(p.m, kTileCols);
   // The block's columns, and its rows below kDepth, decide the order of sums: never the threads.
-  int64_t block = kDepth;
+  int64_t block = sizeof(T) == 2 ? 2 * kDepth : kDepth;
   const auto bytes = [&](int64_t rows, int threads) {
     p.bn = min(block, most_cols);
     p.bm = min(rows, most_rows);
-    const int64_t outputs = pass == Pass::grads && !p.f32_out ? 4 * p.n * p.d : 0;
+    const int64_t outputs = pass.image && !p.f32_out ? 4 * p.n * p.d : 0;
     return carve<T>(p, threads, nullptr, nullptr) - outputs;
   };
   while (block > kTileCols && bytes(block, 2) > budget) block /= 2;
   const int threads = num_threads();
-  const int64_t wanted = pass == Pass::grads ? 2 * kRows * threads : kMaxBlock;
+  const int64_t wanted = pass.grads ? 2 * kRows * threads : kMaxBlock;
   int64_t rows = block;
   while (rows < min(wanted, kMaxBlock) && rows < most_rows && bytes(2 * rows, threads) <= budget) {
     rows *= 2;
@@ -606,7 +609,7 @@ class Blocks {
   }
 
   // A copy of an (M,) vector, padded to whole panels with zeros; null stays null.
-  const float* col_vector(int index, const float* values) const {
+  float* col_vector(int index, const float* values) const {
     if (!values) return nullptr;
     const int64_t padded = round_up(plan_.m, kPanel);
     float* v = scratch_.col_vectors + index * padded;
@@ -618,17 +621,10 @@ class Blocks {
   // Shows every tile of S to `epilogue` and, where given, to `stats`; fills `kept`.
   template <class Epilogue>
   void forward(const KeptSimilarity& kept, const StatsTile* stats, const Epilogue& epilogue) const {
-    for_blocks([&](int64_t j0, int64_t panels, int64_t i0, int64_t rows) {
-      parallel_for(ceil_div(rows, kRows), [&](int64_t t, int thread) {
-        const RowTile row = row_tile(i0 + t * kRows, i0 + rows, thread);
-        for (int64_t p = 0; p < panels; p += kTilePanels) {
-          const Tile tile = similarity(row, j0, p, min(kTilePanels, panels - p), kept, true, thread);
-          epilogue(tile);
-          observe(stats, tile, t, p);
-        }
-        gemm_.release();
+    for_text_blocks([&](int64_t j0, int64_t panels) {
+      for_image_blocks([&](int64_t i0, int64_t rows) {
+        forward_block(j0, panels, i0, rows, kept, stats, epilogue);
       });
-      merge(stats, j0, panels, rows);
     });
   }
 
@@ -636,44 +632,30 @@ class Blocks {
   template <class Epilogue>
   void grads(const KeptSimilarity& kept, const StatsTile* stats, const ContrastiveGrads& out,
              const Epilogue& epilogue) const {
-    float* dx = plan_.f32_out ? static_cast<float*>(out.image.data) : scratch_.image_grad;
-    const int64_t dx_ld = plan_.f32_out ? out.image.stride : plan_.d;
-    const int64_t d = plan_.d;
-    for_blocks([&](int64_t j0, int64_t panels, int64_t i0, int64_t rows) {
-      const int64_t cols = panels * kPanel, depth = round_up(rows, kLanes);
-      parallel_for(ceil_div(rows, kRows), [&](int64_t t, int thread) {
-        const RowTile row = row_tile(i0 + t * kRows, i0 + rows, thread);
-        const int64_t local = t * kRows;
-        if (out.text.data) {
-          pack_transposed<T>(in_.image, in_.dtype, row.row, row.rows, scratch_.image_t + local,
-                             plan_.bm + kPad);
-        }
-        const GradTile<T> g = grad_tile(local, thread);
-        for (int64_t p = 0; p < panels; p += kTilePanels) {
-          const Tile tile =
-              similarity(row, j0, p, min(kTilePanels, panels - p), kept, false, thread);
-          epilogue(tile, at_panel(g, p));
-          observe(stats, tile, t, p);
-          clear_rows(at_panel(g, p), tile, min(depth - local, kRows));
-        }
-        for (int64_t k = 0; out.image.data && k < d; k += kPanel) {
-          gemm_({row.rows, min(kPanel, d - k), cols, g.ld, kPanel, dx_ld, j0 > 0}, g.rows,
-                scratch_.text_rows + k * plan_.bn, dx + row.row * dx_ld + k);
-        }
-        gemm_.release();
+    for_text_blocks([&](int64_t j0, int64_t panels) {
+      for_image_blocks([&](int64_t i0, int64_t rows) {
+        grads_block(j0, panels, i0, rows, kept, stats, out, epilogue);
       });
-      merge(stats, j0, panels, rows);
-      if (out.text.data) text_grads(j0, panels, i0, rows, depth, out.text);
     });
-    if (!out.image.data || plan_.f32_out) return;
-    parallel_for(ceil_div(plan_.n, kRows), [&](int64_t t, int) {
-      for (int64_t i = t * kRows; i < min(plan_.n, (t + 1) * kRows); ++i) {
-        for (int64_t k = 0; k < d; k += kLanes) {
-          store_as(out.image.data, in_.dtype, i * out.image.stride + k, load_tail(dx + i * d, k, d),
-                   d - k);
-        }
-      }
+    round_image_grads(out.image);
+  }
+
+  // Statistics of whole columns, `between` them on columns [j, end), then their gradients from the
+  // similarity that was kept meanwhile.
+  template <class Between, class Epilogue>
+  void columns(const StatsTile& stats, const ContrastiveGrads& out, const Between& between,
+               const Epilogue& epilogue) const {
+    for_text_blocks([&](int64_t j0, int64_t panels) {
+      const KeptSimilarity kept{scratch_.columns, panels, j0 / kPanel};
+      for_image_blocks([&](int64_t i0, int64_t rows) {
+        forward_block(j0, panels, i0, rows, kept, &stats, [](const Tile&) {});
+      });
+      between(j0, min(plan_.m, j0 + panels * kPanel));
+      for_image_blocks([&](int64_t i0, int64_t rows) {
+        grads_block(j0, panels, i0, rows, kept, nullptr, out, epilogue);
+      });
     });
+    round_image_grads(out.image);
   }
 
  private:
@@ -681,10 +663,6 @@ class Blocks {
     const T* a;
     int64_t lda, row, rows;
   };
-
-  static vf load_tail(const float* p, int64_t first, int64_t count) {
-    return load_f32(reinterpret_cast<const char*>(p), DType::f32, first, count);
-  }
 
   void observe(const StatsTile* stats, const Tile& tile, int64_t t, int64_t p) const {
     if (stats) stats->run(tile, scratch_.partial + t * (kFields + 2) * plan_.bn + p * kPanel);
@@ -699,23 +677,87 @@ class Blocks {
     });
   }
 
-  // body(j0, panels, i0, rows) for each block, its text packed.
+  // body(j0, panels) for each block of text, packed.
   template <class Body>
-  void for_blocks(const Body& body) const {
+  void for_text_blocks(const Body& body) const {
     for (int64_t j0 = 0; j0 < plan_.m; j0 += plan_.bn) {
       const int64_t panels = ceil_div(min(plan_.bn, plan_.m - j0), kPanel);
       parallel_for(panels, [&](int64_t p, int) {
         pack_transposed_panel<T>(in_.text, in_.dtype, j0 + p * kPanel, in_.scale < 0.f,
                                  text_panel(p));
-        if (plan_.pass == Pass::grads) {
+        if (plan_.pass.image) {
           pack_panel_rows<T>(in_.text, in_.dtype, j0 + p * kPanel, p * kPanel, plan_.bn,
                              scratch_.text_rows);
         }
       });
-      for (int64_t i0 = 0; i0 < plan_.n; i0 += plan_.bm) {
-        body(j0, panels, i0, min(plan_.bm, plan_.n - i0));
-      }
+      body(j0, panels);
     }
+  }
+
+  template <class Body>
+  void for_image_blocks(const Body& body) const {
+    for (int64_t i0 = 0; i0 < plan_.n; i0 += plan_.bm) body(i0, min(plan_.bm, plan_.n - i0));
+  }
+
+  template <class Epilogue>
+  void forward_block(int64_t j0, int64_t panels, int64_t i0, int64_t rows,
+                     const KeptSimilarity& kept, const StatsTile* stats,
+                     const Epilogue& epilogue) const {
+    parallel_for(ceil_div(rows, kRows), [&](int64_t t, int thread) {
+      const RowTile row = row_tile(i0 + t * kRows, i0 + rows, thread);
+      for (int64_t p = 0; p < panels; p += kTilePanels) {
+        const Tile tile = similarity(row, j0, p, min(kTilePanels, panels - p), kept, true, thread);
+        epilogue(tile);
+        observe(stats, tile, t, p);
+      }
+      gemm_.release();
+    });
+    merge(stats, j0, panels, rows);
+  }
+
+  template <class Epilogue>
+  void grads_block(int64_t j0, int64_t panels, int64_t i0, int64_t rows, const KeptSimilarity& kept,
+                   const StatsTile* stats, const ContrastiveGrads& out,
+                   const Epilogue& epilogue) const {
+    float* dx = plan_.f32_out ? static_cast<float*>(out.image.data) : scratch_.image_grad;
+    const int64_t dx_ld = plan_.f32_out ? out.image.stride : plan_.d;
+    const int64_t cols = panels * kPanel, depth = round_up(rows, kLanes);
+    parallel_for(ceil_div(rows, kRows), [&](int64_t t, int thread) {
+      const RowTile row = row_tile(i0 + t * kRows, i0 + rows, thread);
+      const int64_t local = t * kRows;
+      if (plan_.pass.text) {
+        pack_transposed<T>(in_.image, in_.dtype, row.row, row.rows, scratch_.image_t + local,
+                           plan_.bm + kPad);
+      }
+      const GradTile<T> g = grad_tile(local, thread);
+      for (int64_t p = 0; p < panels; p += kTilePanels) {
+        const Tile tile = similarity(row, j0, p, min(kTilePanels, panels - p), kept, false, thread);
+        epilogue(tile, at_panel(g, p));
+        observe(stats, tile, t, p);
+        clear_rows(at_panel(g, p), tile, min(depth - local, kRows));
+      }
+      for (int64_t k = 0; plan_.pass.image && k < plan_.d; k += kPanel) {
+        gemm_({row.rows, min(kPanel, plan_.d - k), cols, g.ld, kPanel, dx_ld, j0 > 0}, g.rows,
+              scratch_.text_rows + k * plan_.bn, dx + row.row * dx_ld + k);
+      }
+      gemm_.release();
+    });
+    merge(stats, j0, panels, rows);
+    if (plan_.pass.text) text_grads(j0, panels, i0, rows, depth, out.text);
+  }
+
+  // dX of 16-bit inputs: from its fp32 sums to the output, rounded once.
+  void round_image_grads(const MutableMatrixRef& out) const {
+    if (!scratch_.image_grad) return;
+    parallel_for(ceil_div(plan_.n, kRows), [&](int64_t t, int) {
+      for (int64_t i = t * kRows; i < min(plan_.n, (t + 1) * kRows); ++i) {
+        const char* sums = reinterpret_cast<const char*>(scratch_.image_grad + i * plan_.d);
+        for (int64_t k = 0; k < plan_.d; k += kLanes) {
+          store_as(out.data, in_.dtype, i * out.stride + k,
+                   load_f32(sums, DType::f32, k, plan_.d), plan_.d - k);
+        }
+      }
+    });
   }
 
   uint32_t* text_panel(int64_t p) const {
@@ -743,11 +785,10 @@ class Blocks {
                                         round_up(kRows * plan_.image_ld * sizeof(T), 64));
     int64_t stride = kRows * kPanel;
     const int64_t panel = j0 / kPanel + p;
-    const bool held = kept.data && panel + count <= kept.panels;
+    const bool held = kept.data && panel + count <= kept.first + kept.panels;
     if (held) {
-      const int64_t padded = round_up(plan_.n, kRows);
-      stride = padded * kPanel;
-      s = kept.data + panel * stride + row.row * kPanel;
+      stride = round_up(plan_.n, kRows) * kPanel;
+      s = kept.data + (panel - kept.first) * stride + row.row * kPanel;
     }
     if (!held || fill) {
       const int64_t k = kPerWord<T> * plan_.words(kPerWord<T>);
@@ -767,14 +808,15 @@ class Blocks {
       char* base = reinterpret_cast<char*>(scratch_.image_rows(thread));
       const int64_t offset = round_up(kRows * plan_.image_ld * sizeof(T), 64) +
                              round_up(kRows * kTileCols * sizeof(float), 64);
-      return {reinterpret_cast<T*>(base + offset), ld, scratch_.grad_pairs + local / 2 * kPanel,
+      uint32_t* pairs = scratch_.grad_pairs;
+      return {reinterpret_cast<T*>(base + offset), ld, pairs ? pairs + local / 2 * kPanel : nullptr,
               plan_.bm / 2 * kPanel};
     }
   }
 
   static GradTile<T> at_panel(GradTile<T> g, int64_t p) {
     g.rows += p * kPanel;
-    if (sizeof(T) == 2) g.pairs += p * g.pair_stride;
+    if (g.pairs) g.pairs += p * g.pair_stride;
     return g;
   }
 
@@ -825,6 +867,10 @@ class Blocks {
   Gemm gemm_;
 };
 
+Pass grad_pass(const ContrastiveGrads& out) {
+  return {true, out.image.data != nullptr, out.text.data != nullptr};
+}
+
 float magnitude(float x) { return x < 0.f ? -x : x; }
 
 double total(const float* x, int64_t n) {
@@ -859,7 +905,7 @@ StatsTile start_stats(const ContrastiveInputs& in, const Blocks<T>& blocks,
 template <class T>
 void clip_stats_as(const ContrastiveInputs& in, const SoftmaxStats& row, const SoftmaxStats& col,
                    const KeptSimilarity& kept, void* scratch) {
-  const Blocks<T> blocks(in, Pass::forward, scratch);
+  const Blocks<T> blocks(in, {}, scratch);
   const StatsTile stats = start_stats(in, blocks, row, col);
   blocks.forward(kept, &stats, [](const Tile&) {});
 }
@@ -868,7 +914,7 @@ template <class T>
 void clip_grads_as(const ContrastiveInputs& in, const SoftmaxGrad& row, const SoftmaxGrad& col,
                    const KeptSimilarity& kept, const ContrastiveGrads& out,
                    void* scratch) {
-  const Blocks<T> blocks(in, Pass::grads, scratch);
+  const Blocks<T> blocks(in, grad_pass(out), scratch);
   const SoftmaxGrad padded = {blocks.col_vector(0, col.max), blocks.col_vector(1, col.softmax),
                               blocks.col_vector(2, col.positive), blocks.col_vector(3, col.kept)};
   const ClipEpilogue epilogue{blocks.masks(), row, padded, magnitude(in.scale) * kLog2e,
@@ -879,11 +925,41 @@ void clip_grads_as(const ContrastiveInputs& in, const SoftmaxGrad& row, const So
 }
 
 template <class T>
+void clip_columns_as(const ContrastiveInputs& in, const SoftmaxStats& col,
+                     const SoftmaxGrad& target, const ContrastiveGrads& out, void* scratch) {
+  Pass pass = grad_pass(out);
+  pass.whole_columns = true;
+  const Blocks<T> blocks(in, pass, scratch);
+  SoftmaxStats row;
+  row.positive = blocks.row_vector(1);
+  row.kept = col.kept ? blocks.row_vector(2) : nullptr;
+  const StatsTile stats = start_stats(in, blocks, row, col);
+  float* shift = blocks.col_vector(0, col.max);
+  float* softmax = blocks.col_vector(1, target.softmax);
+  const ClipEpilogue epilogue{
+      blocks.masks(),
+      {},
+      {shift, softmax, blocks.col_vector(2, target.positive), blocks.col_vector(3, target.kept)},
+      magnitude(in.scale) * kLog2e,
+      blocks.row_vector(0)};
+  blocks.columns(
+      stats, out,
+      [&](int64_t j, int64_t end) {
+        for (; j < end; ++j) {
+          shift[j] = col.max[j];
+          if (softmax[j] != 0.f) softmax[j] /= col.sum[j];
+        }
+      },
+      [&](const Tile& t, const GradTile<T>& g) { epilogue.template run<T>(t, g); });
+  if (out.similarity) *out.similarity = total(epilogue.similarity, in.image.rows);
+}
+
+template <class T>
 void sigmoid_loss_as(const ContrastiveInputs& in, const SigmoidTerms& terms,
                      const SoftmaxStats& row, const SoftmaxStats& col, const ContrastiveGrads& out,
                      void* scratch) {
   const bool grads = out.image.data || out.text.data || out.similarity || out.logit;
-  const Blocks<T> blocks(in, grads ? Pass::grads : Pass::forward, scratch);
+  const Blocks<T> blocks(in, grads ? grad_pass(out) : Pass{}, scratch);
   SigmoidEpilogue epilogue{blocks.masks(),
                            terms.row_weight,
                            blocks.col_vector(0, terms.col_weight),
@@ -927,6 +1003,12 @@ void clip_grads(const ContrastiveInputs& in, const SoftmaxGrad& row, const Softm
                          : clip_grads_as<float>(in, row, col, kept, out, scratch);
 }
 
+void clip_columns(const ContrastiveInputs& in, const SoftmaxStats& col, const SoftmaxGrad& target,
+                  const ContrastiveGrads& out, void* scratch) {
+  runs_in_bf16(in.dtype) ? clip_columns_as<bf16_t>(in, col, target, out, scratch)
+                         : clip_columns_as<float>(in, col, target, out, scratch);
+}
+
 void sigmoid_loss(const ContrastiveInputs& in, const SigmoidTerms& terms, const SoftmaxStats& row,
                   const SoftmaxStats& col, const ContrastiveGrads& out, void* scratch) {
   runs_in_bf16(in.dtype) ? sigmoid_loss_as<bf16_t>(in, terms, row, col, out, scratch)
@@ -949,6 +1031,10 @@ VLM_DISPATCH(void, clip_grads,
              (const ContrastiveInputs& in, const SoftmaxGrad& row, const SoftmaxGrad& col,
               const KeptSimilarity& kept, const ContrastiveGrads& out, void* scratch),
              (in, row, col, kept, out, scratch))
+VLM_DISPATCH(void, clip_columns,
+             (const ContrastiveInputs& in, const SoftmaxStats& col, const SoftmaxGrad& target,
+              const ContrastiveGrads& out, void* scratch),
+             (in, col, target, out, scratch))
 VLM_DISPATCH(void, sigmoid_loss,
              (const ContrastiveInputs& in, const SigmoidTerms& terms, const SoftmaxStats& row,
               const SoftmaxStats& col, const ContrastiveGrads& out, void* scratch),

@@ -128,6 +128,10 @@ MutableMatrixRef output(const Tensor& x) {
                       : MutableMatrixRef{};
 }
 
+ContrastivePass grad_pass(const ContrastiveGrads& out) {
+  return {true, out.image.data != nullptr, out.text.data != nullptr};
+}
+
 // Which pairs are positives: the kernels' view (dense ids) and the counts of each row and column.
 class Pairs {
  public:
@@ -394,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
   } else {
     call.in.scratch_budget = std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()),
                                       kMinScratch);
-    const Tensor scratch = call.scratch(ContrastivePass::forward);
+    const Tensor scratch = call.scratch({});
     cpu::clip_stats(call.in, row, col, kept_similarity(kept), scratch.mutable_data_ptr());
     float* out = loss.mutable_data_ptr<float>();
     double result = 0.0;
@@ -500,10 +504,10 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_bwd(
   const Coefficients col(sides.col, col_stats, g, reduction, sides.share(), label_smoothing, fold);
   call.in.scratch_budget = std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()),
                                     kMinScratch);
-  const Tensor scratch = call.scratch(ContrastivePass::grads);
   double similarity = 0.0;
-  cpu::clip_grads(call.in, row.view, col.view, kept_similarity(kept),
-                  {output(grad_image), output(grad_text), &similarity, nullptr},
+  const ContrastiveGrads out{output(grad_image), output(grad_text), &similarity, nullptr};
+  const Tensor scratch = call.scratch(grad_pass(out));
+  cpu::clip_grads(call.in, row.view, col.view, kept_similarity(kept), out,
                   scratch.mutable_data_ptr());
   if (call.in.scale == 0.f) {
     grad_image.mul_(0.0);
@@ -511,6 +515,117 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_bwd(
   }
   return {grad_image, grad_text,
           scalar_grad(logit_scale, needs & kNeedScale, image, similarity / std::fabs(fold))};
+}
+
+// What a forward that already formed gradients leaves for the backward: a factor.
+Tensor scaled(const Tensor& formed, double factor, bool needed, bool in_place) {
+  if (!needed) return at::empty({0}, formed.options());
+  if (in_place) return factor == 1.0 ? formed : formed.mul_(factor);
+  return formed.mul(factor);
+}
+
+// One direction of clip_loss, "mean" or "sum", its gradients formed in the same pass.
+// -> loss (), gradients with respect to the similarity of image (N, D) and text (M, D), and fp64
+// sums (2,): of G * S, and the divisor that none of them has seen.
+std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_one_way_fwd(
+    const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
+    const OptionalTensor& image_ids, const OptionalTensor& text_ids, const OptionalTensor& labels,
+    const OptionalTensor& row_weight, const OptionalTensor& col_weight, double label_smoothing,
+    bool ignore_same_ids, int64_t directions, int64_t reduction, int64_t workspace_mb,
+    int64_t needs) {
+  const OptionalTensor no_bias;
+  const Args args{"clip_loss", image,  text,       logit_scale, scale,           no_bias,     0.0,
+                  image_ids,   text_ids, labels,   row_weight,  col_weight,      ignore_same_ids,
+                  workspace_mb};
+  clip_check(args, label_smoothing, directions, reduction);
+  TORCH_CHECK_VALUE((directions == kImageToText || directions == kTextToImage) &&
+                        reduction != kNone,
+                    "clip_loss: one pass needs one direction and the reduction mean or sum");
+  Call call(args);
+
+  const Tensor loss = at::empty({}, f32(image));
+  const Tensor grad_image = grad_like(image, needs & kNeedImage);
+  const Tensor grad_text = grad_like(text, needs & kNeedText);
+  const Tensor sums = at::empty({2}, f32(image).dtype(at::kDouble));
+  if (call.empty()) {
+    for (const Tensor* x : {&loss, &grad_image, &grad_text, &sums}) x->zero_();
+    return {loss, grad_image, grad_text, sums};
+  }
+  const Sides sides(call, directions);
+  const bool rows = directions == kImageToText;
+  const Side& side = rows ? sides.row : sides.col;
+  ContrastiveGrads out{output(grad_image), output(grad_text), sums.mutable_data_ptr<double>(),
+                       nullptr};
+  if (rows) {  // the kernel's softmax runs down columns
+    std::swap(call.in.image, call.in.text);
+    std::swap(call.in.image_ids, call.in.text_ids);
+    std::swap(out.image, out.text);
+  }
+  const bool smoothing = label_smoothing > 0.0;
+  const Tensor stats = at::empty({kLossStats, side.length}, f32(image));
+  SoftmaxStats s;
+  float* values = stats.mutable_data_ptr<float>();
+  s.max = values + kMax * side.length;
+  s.sum = values + kSum_ * side.length;
+  s.positive = values + kPositive * side.length;
+  s.kept = smoothing ? values + kKept * side.length : nullptr;
+  std::vector<float> softmax(side.length), positive(side.length), kept;
+  if (smoothing) kept.resize(side.length);
+  for (int64_t i = 0; i < side.length; ++i) {
+    if (!side.counts(i)) continue;
+    const double weight = side.weight[i];
+    softmax[i] = side.weight[i];
+    positive[i] = static_cast<float>(weight * (1.0 - label_smoothing) /
+                                     static_cast<double>(side.pairs.positives(side.rows, i)));
+    if (smoothing) {
+      kept[i] = static_cast<float>(weight * label_smoothing /
+                                   static_cast<double>(side.pairs.kept(side.rows, i)));
+    }
+  }
+  ContrastivePass pass = grad_pass(out);
+  pass.whole_columns = true;
+  const Tensor scratch = call.scratch(pass);
+  cpu::clip_columns(call.in, s,
+                    {nullptr, softmax.data(), positive.data(), smoothing ? kept.data() : nullptr},
+                    out, scratch.mutable_data_ptr());
+  double sum = 0.0;
+  for (int64_t i = 0; i < side.length; ++i) {
+    sum += row_loss(side, s, call.in.scale, label_smoothing, i);
+  }
+  const double divisor = reduction == kMean ? total_weight(side) : 1.0;
+  loss.fill_(divisor != 0.0 ? sum / divisor : 0.0);
+  sums.mutable_data_ptr<double>()[1] = divisor;
+  return {loss, grad_image, grad_text, sums};
+}
+
+// -> gradients of image, text, logit_scale; (0,) where not needed.
+std::tuple<Tensor, Tensor, Tensor> one_way_bwd(bool in_place, const Tensor& grad,
+                                               const OptionalTensor& logit_scale, double scale,
+                                               const Tensor& formed_image,
+                                               const Tensor& formed_text, const Tensor& sums,
+                                               int64_t needs) {
+  TORCH_CHECK_VALUE(grad.numel() == 1 && sums.numel() == 2 && sums.scalar_type() == at::kDouble,
+                    "clip_loss backward: the gradient has shape ", grad.sizes());
+  const double similarity = sums.const_data_ptr<double>()[0];
+  const double divisor = sums.const_data_ptr<double>()[1];
+  const double factor = divisor != 0.0 ? grad.item<double>() / divisor : 0.0;
+  const float s = scalar_value(logit_scale, scale);
+  return {scaled(formed_image, factor * s, needs & kNeedImage, in_place),
+          scaled(formed_text, factor * s, needs & kNeedText, in_place),
+          scalar_grad(logit_scale, needs & kNeedScale, formed_image,
+                      (s < 0.f ? -factor : factor) * similarity)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> clip_loss_one_way_bwd(
+    const Tensor& grad, const OptionalTensor& logit_scale, double scale, const Tensor& formed_image,
+    const Tensor& formed_text, const Tensor& sums, int64_t needs) {
+  return one_way_bwd(false, grad, logit_scale, scale, formed_image, formed_text, sums, needs);
+}
+
+std::tuple<Tensor, Tensor, Tensor> clip_loss_one_way_bwd_in_place(
+    const Tensor& grad, const OptionalTensor& logit_scale, double scale, const Tensor& formed_image,
+    const Tensor& formed_text, const Tensor& sums, int64_t needs) {
+  return one_way_bwd(true, grad, logit_scale, scale, formed_image, formed_text, sums, needs);
 }
 
 double siglip_divisor(const Call& call, int64_t reduction) {
@@ -531,7 +646,7 @@ void run_sigmoid(const Call& call, const float* row_grad, float* row_loss, const
     terms.row_weight = weight.data();
   }
   const bool grads = out.image.data || out.text.data || out.similarity || out.logit;
-  const Tensor scratch = call.scratch(grads ? ContrastivePass::grads : ContrastivePass::forward);
+  const Tensor scratch = call.scratch(grads ? grad_pass(out) : ContrastivePass{});
   cpu::sigmoid_loss(call.in, terms, row, col, out, scratch.mutable_data_ptr());
 }
 
@@ -634,14 +749,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
     by_logit = factor * sums.const_data_ptr<double>()[1];
   }
   const double of_features = factor * call.in.scale;
-  const auto scaled = [&](const Tensor& x) {
-    return x.numel() == 0 || (in_place && of_features == 1.0) ? x
-           : in_place                                        ? x.mul_(of_features)
-                                                             : x.mul(of_features);
-  };
   const double sign = call.in.scale < 0.f ? -1.0 : 1.0;
-  return {need_image ? scaled(grad_image) : at::empty({0}, image.options()),
-          need_text ? scaled(grad_text) : at::empty({0}, text.options()),
+  return {scaled(grad_image, of_features, need_image, in_place),
+          scaled(grad_text, of_features, need_text, in_place),
           scalar_grad(logit_scale, needs & kNeedScale, image, sign * by_similarity),
           scalar_grad(logit_bias, needs & kNeedBias, image, by_logit)};
 }
@@ -675,6 +785,14 @@ constexpr const char* kClipBwd =
     VLM_PAIR_ARGS
     "float label_smoothing, bool ignore_same_ids, int directions, int reduction, "
     "int workspace_mb, Tensor stats, Tensor kept, int needs) -> (Tensor, Tensor, Tensor)";
+constexpr const char* kOneWayFwd =
+    "clip_loss_one_way_fwd(Tensor image, Tensor text, Tensor? logit_scale, float scale, "
+    VLM_PAIR_ARGS
+    "float label_smoothing, bool ignore_same_ids, int directions, int reduction, "
+    "int workspace_mb, int needs) -> (Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kOneWayBwd =
+    "clip_loss_one_way_bwd(Tensor grad, Tensor? logit_scale, float scale, Tensor formed_image, "
+    "Tensor formed_text, Tensor sums, int needs) -> (Tensor, Tensor, Tensor)";
 constexpr const char* kSiglipFwd =
     "siglip_loss_fwd(Tensor image, Tensor text, Tensor? logit_scale, float scale, "
     "Tensor? logit_bias, float bias, " VLM_PAIR_ARGS
@@ -689,6 +807,8 @@ constexpr const char* kSiglipBwd =
 TORCH_LIBRARY_FRAGMENT(vlm_kernels, m) {
   m.def(kClipFwd);
   m.def(kClipBwd);
+  m.def(kOneWayFwd);
+  m.def(kOneWayBwd);
   m.def(kSiglipFwd);
   m.def(kSiglipBwd);
 }
@@ -696,6 +816,8 @@ TORCH_LIBRARY_FRAGMENT(vlm_kernels, m) {
 TORCH_LIBRARY_IMPL(vlm_kernels, CPU, m) {
   m.impl("clip_loss_fwd", clip_loss_fwd);
   m.impl("clip_loss_bwd", clip_loss_bwd);
+  m.impl("clip_loss_one_way_fwd", clip_loss_one_way_fwd);
+  m.impl("clip_loss_one_way_bwd", clip_loss_one_way_bwd);
   m.impl("siglip_loss_fwd", siglip_loss_fwd);
   m.impl("siglip_loss_bwd", siglip_loss_bwd);
 }
@@ -705,11 +827,14 @@ TORCH_LIBRARY_IMPL(vlm_kernels, CPU, m) {
 void bind_contrastive(pybind11::module_& m) {
   bind_op<decltype(clip_loss_fwd)>(m, "clip_loss_fwd");
   bind_op<decltype(clip_loss_bwd)>(m, "clip_loss_bwd");
+  bind_op<decltype(clip_loss_one_way_fwd)>(m, "clip_loss_one_way_fwd");
+  bind_op<decltype(clip_loss_one_way_bwd)>(m, "clip_loss_one_way_bwd");
   bind_op<decltype(siglip_loss_fwd)>(m, "siglip_loss_fwd");
   bind_op<decltype(siglip_loss_bwd)>(m, "siglip_loss_bwd");
   // Eager only, where the graph is not kept: saves a second copy of the gradients.
-  m.def("siglip_loss_bwd_in_place", &siglip_loss_bwd_in_place,
-        pybind11::call_guard<pybind11::gil_scoped_release>());
+  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
+  m.def("siglip_loss_bwd_in_place", &siglip_loss_bwd_in_place, no_gil);
+  m.def("clip_loss_one_way_bwd_in_place", &clip_loss_one_way_bwd_in_place, no_gil);
 }
 
 }  // namespace vlm

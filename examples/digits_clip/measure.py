@@ -80,7 +80,7 @@ def large_batch_cost(
     kind: str, *, plain: bool, threads: int, n: int = LARGE_N, dim: int = LARGE_DIM
 ) -> Cost | str:
     """Forward and backward of the loss alone, fp32, in a fresh process; or why it was not run."""
-    matrices = {"clip": 5, "siglip": 7}[kind] if plain else 0  # N x N, held at once
+    matrices = {"clip": 5, "siglip": 6}[kind] if plain else 0  # N x N, held at once
     needed, free = 4 * n * n * matrices, available_memory()
     if free < needed:
         return f"not run: it needs {needed / GB:.1f} GB and {free / GB:.1f} GB are free"

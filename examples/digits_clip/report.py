@@ -20,13 +20,18 @@ WRONG_COLOUR = "#d00000"
 GALLERY = 4, 12  # rows, columns
 
 
+def curve_difference(plain: Training, ours: Training) -> float:
+    """The largest relative difference of the two losses of a step."""
+    return max(abs(a - b) / abs(a) for a, b in zip(plain.curve, ours.curve))
+
+
 def print_training(plain: Training, ours: Training) -> None:
     runs = plain, ours
     _row("", *(run.name for run in runs))
     _row("zero-shot accuracy, held-out digits", *(f"{run.accuracy:.1%}" for run in runs))
     _row("training step, median", *(f"{run.step_seconds * 1e3:.1f} ms" for run in runs))
     _row("peak memory of the process", *(f"{run.peak_bytes / 1e6:.0f} MB" for run in runs))
-    difference = max(abs(a - b) / abs(a) for a, b in zip(plain.curve, ours.curve))
+    difference = curve_difference(plain, ours)
     print(f"largest relative difference along the two loss curves: {difference:.1e}")
 
 
@@ -55,9 +60,12 @@ def draw(plain: Training, ours: Training, images: Tensor, labels: Tensor, path: 
     left, right = top.subfigures(1, 2, width_ratios=[1.5, 1], wspace=0.03)
     _draw_digits(left, ours.predictions, images, labels)
     _draw_similarity(right, ours.similarity, labels)
-    left, right = bottom.subfigures(1, 2, width_ratios=[1.5, 1], wspace=0.03)
-    _draw_curves(left.subplots(), plain, ours)
-    _draw_large(right, plain, ours)
+    if any(isinstance(run.large, Cost) for run in (plain, ours)):
+        left, right = bottom.subfigures(1, 2, width_ratios=[1.5, 1], wspace=0.03)
+        _draw_curves(left.subplots(), plain, ours)
+        _draw_large(right, plain, ours)
+    else:
+        _draw_curves(bottom.subplots(), plain, ours)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -83,10 +91,11 @@ def _draw_similarity(figure: SubFigure, similarity: Tensor, labels: Tensor) -> N
     axis = figure.subplots()
     by_digit = torch.argsort(labels, stable=True)
     shown = axis.imshow(similarity[by_digit], aspect="auto", interpolation="nearest")
+    digits = [str(digit) for digit in range(10)]
     counts = torch.bincount(labels, minlength=10)
     captions = len(captions_of(0))
-    axis.set_yticks((counts.cumsum(0) - counts / 2 - 0.5).tolist(), range(10))
-    axis.set_xticks([captions * (digit + 0.5) - 0.5 for digit in range(10)], range(10))
+    axis.set_yticks((counts.cumsum(0) - counts / 2 - 0.5).tolist(), digits)
+    axis.set_xticks([captions * (digit + 0.5) - 0.5 for digit in range(10)], digits)
     axis.tick_params(length=0)
     axis.set_title("Image-text similarity")
     axis.set_xlabel(f"captions, {captions} of each digit")
@@ -98,7 +107,9 @@ def _draw_curves(axis: Axes, plain: Training, ours: Training) -> None:
     steps = range(1, len(plain.curve) + 1)
     axis.plot(steps, plain.curve, color=COLOURS[0], linewidth=6, alpha=0.6, label=plain.name)
     axis.plot(steps, ours.curve, color=COLOURS[1], linewidth=1.2, label=ours.name)
-    axis.set(title="Loss of the same seed and batches", xlabel="training step", ylabel="loss")
+    difference = curve_difference(plain, ours)
+    axis.set_title(f"Loss, same seed and batches: {difference:.0e} apart at most (relative)")
+    axis.set(xlabel="training step", ylabel="loss")
     axis.grid(alpha=0.3)
     axis.legend()
 

@@ -151,13 +151,17 @@ def clip_loss(
         or (scale is not None and scale.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        loss = _ClipLossFn.apply(
+        panels = _kept_panels(image_features, text_features, workspace_mb)
+        fn = _ClipLossFn
+        if directions != "both" and reduction != "none" and not return_metrics:
+            fn = _fn_of_one_direction(image_features, text_features, panels, workspace_mb)
+        loss = fn.apply(
             image_features,
             text_features,
             scale,
             bias,
             *tensors,
-            (scale_value, return_metrics, options),
+            (scale_value, panels, return_metrics, options),
         )
         if return_metrics:
             loss, metrics = loss
@@ -284,10 +288,9 @@ class _ClipLossFn(torch.autograd.Function):
         text: Tensor,
         scale: Tensor | None,
         bias: Tensor | None,
-        *rest: Any,  # image_ids, text_ids, labels, row, column weights, (value, metrics, options)
+        *rest: Any,  # image_ids, text_ids, labels, row, column weights, (value, ...)
     ) -> Any:
-        *tensors, (value, metrics, options) = rest
-        panels = _kept_panels(image.shape[0], text.shape[0], image.shape[1], options[-1])
+        *tensors, (value, panels, metrics, options) = rest
         loss, stats, kept, measured = _ops().clip_loss_fwd(
             image, text, scale, value, *tensors, *options, panels, metrics
         )
@@ -316,6 +319,44 @@ class _ClipLossFn(torch.autograd.Function):
             torch.zeros_like(bias) if need_bias else None,  # no softmax depends on it
             *[None] * 6,
         )
+
+
+class _ClipOneWayFn(torch.autograd.Function):
+    """One direction, its gradients formed in the forward: 6 N M D instead of 8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        *rest: Any,
+    ) -> Any:
+        *tensors, (value, _panels, _metrics, options) = rest
+        needs = sum(
+            bit * need
+            for bit, need in zip(
+                (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE), ctx.needs_input_grad, strict=False
+            )
+        )
+        loss, *formed = _C.clip_loss_one_way_fwd(  # type: ignore[union-attr]
+            image, text, scale, value, *tensors, *options, needs
+        )
+        ctx.save_for_backward(scale, bias, *formed)
+        ctx.value, ctx.needs = value, needs
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        scale, bias, *formed = ctx.saved_tensors
+        run = _C.clip_loss_one_way_bwd if _graph_is_kept() else _C.clip_loss_one_way_bwd_in_place  # type: ignore[union-attr]
+        grads = run(grad, scale, ctx.value, *formed, ctx.needs)
+        bits = (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE)
+        needed = (g if ctx.needs & bit else None for g, bit in zip(grads, bits, strict=True))
+        bias_grad = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        return (*needed, bias_grad, *[None] * 6)
 
 
 class _SiglipLossFn(torch.autograd.Function):
@@ -378,14 +419,24 @@ def _graph_is_kept() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def _kept_panels(n: int, m: int, d: int, workspace_mb: int) -> Any:
+def _kept_panels(image: Tensor, text: Tensor, workspace_mb: int) -> Any:
     """How many panels of 64 columns of similarity the workspace holds for the backward."""
-    rows = (n + 127) // 128 * 128
-    reserve = 16384 * d + (6 << 20)  # bytes of a block's operands
+    if image.dim() != 2 or text.dim() != 2:
+        return 0  # an error that the op itself names
+    rows = (image.shape[0] + 127) // 128 * 128
+    reserve = 16384 * image.shape[1] + (6 << 20)  # bytes of a block's operands
     free = max(0, (workspace_mb << 20) - reserve)
     fit = free // (rows * 256 + 1) // 4 * 4  # whole tiles of 4 panels, or everything
-    panels = (m + 63) // 64
+    panels = (text.shape[0] + 63) // 64
     return min(fit, panels) if isinstance(panels, int) else torch.sym_min(fit, panels)
+
+
+def _fn_of_one_direction(image: Tensor, text: Tensor, panels: int, workspace_mb: int) -> Any:
+    """One pass where the similarity of both passes is not kept anyway, but that of some columns."""
+    if torch.compiler.is_compiling() or panels * 64 >= text.shape[0]:
+        return _ClipLossFn
+    longest = max(image.shape[0], text.shape[0])
+    return _ClipOneWayFn if 2 * longest * 1024 <= workspace_mb << 20 else _ClipLossFn
 
 
 def _unknown(op: str, name: str, value: object, known: dict[str, int]) -> str:
@@ -580,6 +631,31 @@ def _register_fakes() -> None:
             _grad_of(image, needs & _NEED_IMAGE),
             _grad_of(text, needs & _NEED_TEXT),
             _scalar_grad_of(scale, needs & _NEED_SCALE, image),
+        )
+
+    @torch.library.register_fake("vlm_kernels::clip_loss_one_way_fwd")
+    def _(image: Tensor, text: Tensor, *args: Any) -> Any:
+        return (
+            _empty(image, dtype=torch.float32),
+            _grad_of(image, args[-1] & _NEED_IMAGE),
+            _grad_of(text, args[-1] & _NEED_TEXT),
+            _empty(image, 2, dtype=torch.float64),
+        )
+
+    @torch.library.register_fake("vlm_kernels::clip_loss_one_way_bwd")
+    def _(
+        grad: Tensor,
+        scale: Tensor | None,
+        _value: float,
+        formed_image: Tensor,
+        formed_text: Tensor,
+        sums: Tensor,
+        needs: int,
+    ) -> Any:
+        return (
+            _grad_of(formed_image, needs & _NEED_IMAGE),
+            _grad_of(formed_text, needs & _NEED_TEXT),
+            _scalar_grad_of(scale, needs & _NEED_SCALE, formed_image),
         )
 
     @torch.library.register_fake("vlm_kernels::siglip_loss_fwd")

@@ -103,8 +103,9 @@ def status(key):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 class Sampler(threading.Thread):
-    # For where VmHWM cannot be reset; it sees a peak only if it lasts, and if the statement lets go
-    # of the GIL. def __init__(self):
+    # For where VmHWM cannot be reset. It sees only a peak that lasts, from a statement that
+    # lets go of the GIL.
+    def __init__(self):
         super().__init__(daemon=True)
         self.peak, self.stopped = 0, threading.Event()
     def run(self):

@@ -67,7 +67,7 @@ def assert_close(
 
     Raises:
         AssertionError: names both errors, the limit and the first bad index.
-        ValueError: `exact` is not finite, or a kind that is not in TABLE.
+        ValueError: `exact` or `eager` is not finite, or a kind that is not in TABLE.
     """
     if kind not in TABLE:
         raise ValueError(f"assert_close: kind is {kind!r}, expected one of {sorted(TABLE)}")
@@ -78,6 +78,8 @@ def assert_close(
     tolerance = TABLE[kind]
     error = relative_error(ours, exact, terms)
     reference = eager if isinstance(eager, float) else relative_error(eager, exact, terms)
+    if not math.isfinite(reference):
+        raise ValueError(f"assert_close: the eager value of {name} is not finite")
     limit = tolerance.factor * reference + tolerance.ulps * ULP
     # Not `error > limit`, which NaN would pass.
     if error <= limit:

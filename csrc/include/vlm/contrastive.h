@@ -50,6 +50,7 @@ struct SoftmaxGrad {
 struct KeptSimilarity {
   float* data = nullptr;
   int64_t panels = 0;
+  int64_t first = 0;  // panel that data begins with
 };
 
 constexpr int64_t kKeptPanelColumns = 64;
@@ -68,7 +69,13 @@ struct SigmoidTerms {
   float* row_loss = nullptr;          // (N,) sum over columns of the weighted pair losses, or null
 };
 
-enum class ContrastivePass { forward, grads };
+// What a pass forms; all false is a forward without gradients.
+struct ContrastivePass {
+  bool grads = false;  // G at all: of the scale and the bias
+  bool image = false;  // dLoss/dimage
+  bool text = false;   // dLoss/dtext
+  bool whole_columns = false;  // clip_columns
+};
 
 namespace cpu {
 
@@ -76,20 +83,26 @@ namespace cpu {
 // plus the fp32 accumulator of dLoss/dimage for 16-bit inputs, plus O(N + M).
 int64_t contrastive_scratch_bytes(const ContrastiveInputs& in, ContrastivePass pass);
 
-// Softmax statistics of both directions (a direction whose `max` is null is skipped). Pass:
-// forward.
+// Softmax statistics of both directions (a direction whose `max` is null is skipped). Pass: {}.
 // Fills `kept.panels` panels of similarity where kept.data is given.
 void clip_stats(const ContrastiveInputs& in, const SoftmaxStats& row, const SoftmaxStats& col,
                 const KeptSimilarity& kept, void* scratch);
 
 // Gradients of InfoNCE from coefficient vectors (a direction whose `max` is null is skipped).
-// Pass: grads.
+// Pass: what `out` asks for.
 void clip_grads(const ContrastiveInputs& in, const SoftmaxGrad& row, const SoftmaxGrad& col,
                 const KeptSimilarity& kept, const ContrastiveGrads& out, void* scratch);
 
+// One direction of InfoNCE in one pass: the softmax of each column (over the images), its statistics
+// and then, from the similarity of whole columns kept meanwhile, its gradients. `target.softmax` is
+// the gradient of each column's loss; `target.max` is not read. Pass: whole_columns and what `out`
+// asks for.
+void clip_columns(const ContrastiveInputs& in, const SoftmaxStats& col, const SoftmaxGrad& target,
+                  const ContrastiveGrads& out, void* scratch);
+
 // Row losses of the sigmoid loss and, in the same pass, its gradients with respect to the
 // similarity (not yet multiplied by the scale) and the softmax statistics whose members are given.
-// Pass: grads if any gradient is asked for, else forward.
+// Pass: what `out` asks for.
 void sigmoid_loss(const ContrastiveInputs& in, const SigmoidTerms& terms, const SoftmaxStats& row,
                   const SoftmaxStats& col, const ContrastiveGrads& out, void* scratch);
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
-from ..tolerances import SEEDS, SMALL, assert_close, relative_error
+from ..tolerances import SEEDS, SMALL, ULP, assert_close, relative_error
 
 OPS = ("clip_loss", "siglip_loss")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -274,7 +274,8 @@ def shapes(full: bool = False) -> list[tuple[int, int, int]]:
     squares = [
         (n, n, d)
         for i, n in enumerate(ROWS)
-        for d in (DIMS if full and n < 1000 else (DIMS[i % len(DIMS)],))
+        # Steps of 4 give the longest ones small D.
+        for d in (DIMS if full and n < 1000 else (DIMS[4 * i % len(DIMS)],))
     ]
     return [*squares, *RECTANGLES]
 
@@ -320,54 +321,56 @@ def terms(case: Case) -> dict[str, float]:
 
     InfoNCE is the difference of a log-sum-exp and a logit, its gradients those of a softmax and a
     target: they keep an error of an ulp of these even where they vanish. The terms of the sigmoid
-    loss do not cancel.
+    loss do not cancel, but what a pair adds may be flushed where it is no normal number of fp32.
     """
-    if case.op != "clip_loss":
-        return {}
-    rows = max(case.n, case.m, 1)
-    logit = abs(case.scale) + abs(case.bias or 0.0)
+    rows, scale = max(case.n, case.m, 1), abs(case.scale)
     # L1 and L2 norms of the gradient of the losses of single rows.
     one, two = 1.0, 1 / math.sqrt(max(min(case.n, case.m), 1))
     if case.variant.reduction != "mean":
         one, two = float(rows), math.sqrt(rows)
+    logit = scale + abs(case.bias or 0.0)
+    if case.op == "siglip_loss":
+        pair = rows * torch.finfo(torch.float32).tiny / ULP
+        one, two, logit = one * pair, two * pair, 1.0
     return {
         "loss": one * logit,
         "row": math.sqrt(rows) * logit,
         "column": math.sqrt(rows) * logit,
-        "image_features.grad": two * abs(case.scale),
-        "text_features.grad": two * abs(case.scale),
+        "image_features.grad": two * scale,
+        "text_features.grad": two * scale,
         "logit_scale.grad": one,
         "logit_bias.grad": one,
     }
 
 
-class Truth(NamedTuple):
-    exact: dict[str, Tensor]  # in fp64
-    eager: dict[str, float]  # error of the reference at the dtype of the case
-
-
 @lru_cache(maxsize=64)
-def truth(case: Case, grad: float = 1.0) -> Truth:
-    """What `evaluate` should give for the inputs of seed 0, and how near eager PyTorch comes."""
-    function = getattr(reference, case.op)
-    exact: dict[str, Tensor] = {}
-    eager: dict[str, float] = {}
-    size = terms(case)
+def truth(case: Case, seed: int = 0, grad: float = 1.0) -> dict[str, tuple[Tensor, float]]:
+    """What `evaluate` should give, in fp64, and the error of the reference at the case's dtype."""
+    function, size = getattr(reference, case.op), terms(case)
+    inputs, keywords = case.inputs(seed), case.keywords(seed)
     threads = torch.get_num_threads()
     # So that the limit is the same on every machine, and found fast on a busy one.
     torch.set_num_threads(1)
     try:
-        for seed in range(SEEDS):
-            inputs, keywords = case.inputs(seed), case.keywords(seed)
-            wanted = evaluate(function, inputs.to(torch.float64), keywords, grad)
-            exact = exact or wanted
-            for name, value in evaluate(function, inputs, keywords, grad).items():
-                if seed == 0 or value.numel() < SMALL:
-                    error = relative_error(value, wanted[name], size.get(name, 0.0))
-                    eager[name] = max(error, eager.get(name, 0.0))
+        exact = evaluate(function, inputs.to(torch.float64), keywords, grad)
+        eager = evaluate(function, inputs, keywords, grad)
     finally:
         torch.set_num_threads(threads)
-    return Truth(exact, eager)
+    return {
+        name: (value, relative_error(eager[name], value, size[name]))
+        for name, value in exact.items()
+    }
+
+
+def check_result(case: Case, name: str, ours: Tensor, grad: float = 1.0) -> None:
+    """Holds one result of `evaluate`, for the inputs of seed 0, to the rule of accuracy."""
+    kind, label = "bwd" if name.endswith(".grad") else "fwd", f"{case}: {name}"
+    exact, eager = truth(case, 0, grad)[name]
+    size = terms(case)[name]
+    if ours.numel() < SMALL and relative_error(ours, exact, size) > eager:
+        # More seeds can only raise the limit, so most results need none.
+        eager = max(truth(case, seed, grad)[name][1] for seed in range(SEEDS))
+    assert_close(label, ours, eager, exact, kind, terms=size)
 
 
 def check(
@@ -379,13 +382,10 @@ def check(
         The results of `evaluate`.
     """
     ours = evaluate(fn, case.inputs(0, device), case.keywords(0, device), grad)
-    exact, eager = truth(case, grad)
-    size = terms(case)
-    assert ours.keys() == exact.keys(), f"{case}: {sorted(ours)}, expected {sorted(exact)}"
+    names = truth(case, 0, grad).keys()
+    assert ours.keys() == names, f"{case}: {sorted(ours)}, expected {sorted(names)}"
     for name, value in ours.items():
-        kind = "bwd" if name.endswith(".grad") else "fwd"
-        label, terms_of = f"{case}: {name}", size.get(name, 0.0)
-        assert_close(label, value, eager[name], exact[name], kind, terms=terms_of)
+        check_result(case, name, value, grad)
     return ours
 
 
