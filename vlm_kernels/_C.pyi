@@ -5,6 +5,7 @@ from torch import Tensor
 def build_info() -> dict[str, object]: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
+def gemm_probe(dtype: str, seconds: float) -> float: ...
 def set_cpu_isa(name: str) -> None: ...
 def cuda_devices() -> dict[str, object]: ...
 def empty_cache() -> None: ...
@@ -45,6 +46,44 @@ def clip_loss_bwd(
     workspace_mb: int,
     stats: Tensor,
     kept: Tensor,
+    needs: int,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def clip_loss_one_way_fwd(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | None,
+    scale: float,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_same_ids: bool,
+    directions: int,
+    reduction: int,
+    workspace_mb: int,
+    needs: int,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def clip_loss_one_way_bwd(
+    grad: Tensor,
+    logit_scale: Tensor | None,
+    scale: float,
+    formed_image: Tensor,
+    formed_text: Tensor,
+    sums: Tensor,
+    needs: int,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def clip_loss_one_way_bwd_in_place(
+    grad: Tensor,
+    logit_scale: Tensor | None,
+    scale: float,
+    formed_image: Tensor,
+    formed_text: Tensor,
+    sums: Tensor,
     needs: int,
     /,
 ) -> tuple[Tensor, Tensor, Tensor]: ...

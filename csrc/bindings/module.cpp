@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bindings/build_config.h"
+#include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "ops/ops.h"
 #ifdef VLM_HAS_CUDA
@@ -76,6 +77,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isas", [] { return split(vlm::cpu_isas(), ','); },
       "The instruction sets that this CPU can run.");
+  m.def(
+      "gemm_probe",
+      [](const std::string& dtype, double seconds) {
+        if (dtype != "fp32" && dtype != "bf16") {
+          throw py::value_error("gemm_probe: dtype is '" + dtype + "', expected 'fp32' or 'bf16'");
+        }
+        return vlm::gemm_probe(dtype == "bf16", seconds);
+      },
+      py::arg("dtype"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+      "FLOP/s of the CPU kernels' bare multiply on torch's threads.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),
         "Choose the instruction set of the CPU kernels; ValueError if this CPU lacks it.");
   m.def("cuda_devices", &cuda_devices,

@@ -20,9 +20,9 @@ namespace {
 constexpr int64_t kRows = kKeptRowMultiple;  // rows of a tile
 constexpr int64_t kTilePanels = 4;           // panels an epilogue sees at once
 constexpr int64_t kTileCols = kTilePanels * kPanel;
-constexpr int64_t kDepth = 1024;   // rows summed by one multiply of dY^T
-constexpr int64_t kSplit = 256;    // columns of X one unit of dY^T takes
-constexpr int64_t kPad = 32;       // keeps leading dimensions off multiples of a page
+constexpr int64_t kDepth = 1024;  // rows summed by one multiply of dY^T
+constexpr int64_t kSplit = 256;   // columns of X one unit of dY^T takes
+constexpr int64_t kPad = 32;      // keeps leading dimensions off multiples of a page
 constexpr int64_t kMaxBlock = 8192;
 
 static_assert(kPanel == kKeptPanelColumns);
@@ -499,10 +499,10 @@ using Pass = ContrastivePass;
 // Scratch of one call, carved for `threads` threads.
 template <class T>
 struct Scratch {
-  uint32_t* text_t;  // text^T as B operand of S: [panel][D words][64]
-  T* text_rows;      // text as B operand of dX: [D / 64][bn][64]
-  T* image_t;        // image^T as A operand of dY^T: (D, bm + pad)
-  T* grad_rows;      // fp32: G (bm, bn + pad), shared
+  uint32_t* text_t;      // text^T as B operand of S: [panel][D words][64]
+  T* text_rows;          // text as B operand of dX: [D / 64][bn][64]
+  T* image_t;            // image^T as A operand of dY^T: (D, bm + pad)
+  T* grad_rows;          // fp32: G (bm, bn + pad), shared
   uint32_t* grad_pairs;  // bf16: G [panel][bm / 2][64] words
   float* text_grad;      // dY^T of the block: [panel][D][64]
   float* image_grad;     // dX (N, D) of 16-bit inputs
@@ -753,8 +753,8 @@ class Blocks {
       for (int64_t i = t * kRows; i < min(plan_.n, (t + 1) * kRows); ++i) {
         const char* sums = reinterpret_cast<const char*>(scratch_.image_grad + i * plan_.d);
         for (int64_t k = 0; k < plan_.d; k += kLanes) {
-          store_as(out.data, in_.dtype, i * out.stride + k,
-                   load_f32(sums, DType::f32, k, plan_.d), plan_.d - k);
+          store_as(out.data, in_.dtype, i * out.stride + k, load_f32(sums, DType::f32, k, plan_.d),
+                   plan_.d - k);
         }
       }
     });
@@ -895,8 +895,8 @@ void clear(const SoftmaxStats& s, int64_t n) {
 }
 
 template <class T>
-StatsTile start_stats(const ContrastiveInputs& in, const Blocks<T>& blocks,
-                      const SoftmaxStats& row, const SoftmaxStats& col) {
+StatsTile start_stats(const ContrastiveInputs& in, const Blocks<T>& blocks, const SoftmaxStats& row,
+                      const SoftmaxStats& col) {
   clear(row, in.image.rows);
   clear(col, in.text.rows);
   return {blocks.masks(), row, col, blocks.plan().bn, magnitude(in.scale) * kLog2e};
@@ -912,8 +912,7 @@ void clip_stats_as(const ContrastiveInputs& in, const SoftmaxStats& row, const S
 
 template <class T>
 void clip_grads_as(const ContrastiveInputs& in, const SoftmaxGrad& row, const SoftmaxGrad& col,
-                   const KeptSimilarity& kept, const ContrastiveGrads& out,
-                   void* scratch) {
+                   const KeptSimilarity& kept, const ContrastiveGrads& out, void* scratch) {
   const Blocks<T> blocks(in, grad_pass(out), scratch);
   const SoftmaxGrad padded = {blocks.col_vector(0, col.max), blocks.col_vector(1, col.softmax),
                               blocks.col_vector(2, col.positive), blocks.col_vector(3, col.kept)};

@@ -20,6 +20,11 @@ bool brgemm_runs_bf16();
 void brgemm(const GemmShape& shape, const float* a, const float* b, float* c);
 void brgemm(const GemmShape& shape, const bf16_t* a, const bf16_t* b, float* c);
 
+// Gives the calling thread's matrix tiles (AMX) back.
 void brgemm_release();
+
+// FLOP/s of hot multiplies on all of torch's threads over `seconds`: the limit that benchmarks
+// compare with. 0 where brgemm does not run.
+double gemm_probe(bool bf16, double seconds);
 
 }  // namespace vlm

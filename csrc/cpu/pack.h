@@ -120,17 +120,16 @@ static void pack_panel_rows(const MatrixRef& x, DType dtype, int64_t row, int64_
   uint32_t* words = reinterpret_cast<uint32_t*>(dst);
   for (int64_t r = 0; r < kPanel; r += step) {
     for (int64_t d = 0; d < x.cols; d += kLanes) {
-      uint32_t* out = words + (d / kPanel) * (depth / step) * kPanel + (k + r) / step * kPanel +
-                      d % kPanel;
+      uint32_t* out =
+          words + (d / kPanel) * (depth / step) * kPanel + (k + r) / step * kPanel + d % kPanel;
       const bool inside = row + r < x.rows;
       const char* p = inside ? row_ptr(x, dtype, row + r) : nullptr;
       if constexpr (sizeof(T) == 4) {
         store(out, inside ? (vu)load_f32(p, dtype, d, x.cols) : vu{});
       } else {
         const vh low = inside ? load_h(p, d, x.cols) : vh{};
-        const vh high = row + r + 1 < x.rows
-                            ? load_h(row_ptr(x, dtype, row + r + 1), d, x.cols)
-                            : vh{};
+        const vh high =
+            row + r + 1 < x.rows ? load_h(row_ptr(x, dtype, row + r + 1), d, x.cols) : vh{};
         store(out, __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16));
       }
     }

@@ -2,8 +2,8 @@
 
 #include <stdexcept>
 
-// Exported by libtorch_cpu since torch 2.10 (torch/csrc/stable/c/shim.h): declared here, so that the
-// CPU kernels see neither torch headers nor an OpenMP of their own.
+// Exported by libtorch_cpu since torch 2.10 (torch/csrc/stable/c/shim.h): declared here, so that
+// the CPU kernels see neither torch headers nor an OpenMP of their own.
 extern "C" {
 int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size,
                            void (*fn)(int64_t, int64_t, void*), void* context);

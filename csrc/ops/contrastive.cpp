@@ -53,8 +53,7 @@ struct Args {
   int64_t d() const { return image.size(1); }
 };
 
-void check_ids(const Args& a, const char* name, const Tensor& ids, int64_t length,
-               const char* of) {
+void check_ids(const Args& a, const char* name, const Tensor& ids, int64_t length, const char* of) {
   TORCH_CHECK_TYPE(at::isIntegralType(ids.scalar_type(), false), a.op, ": ", name, " is ",
                    ids.scalar_type(), ", expected an integer tensor");
   check_length(a.op, name, ids, length, of);
@@ -87,9 +86,10 @@ void check(const Args& a) {
                     " pairs; at most 2^30 rows a side are supported");
   if (a.logit_scale) check_scalar(a.op, "logit_scale", *a.logit_scale);
   if (a.logit_bias) check_scalar(a.op, "logit_bias", *a.logit_bias);
-  TORCH_CHECK_VALUE(a.image_ids.has_value() == a.text_ids.has_value(), a.op, ": only ",
-                    a.image_ids ? "image_ids" : "text_ids",
-                    " came; pass image_ids and text_ids together (the same tensor for paired data)");
+  TORCH_CHECK_VALUE(
+      a.image_ids.has_value() == a.text_ids.has_value(), a.op, ": only ",
+      a.image_ids ? "image_ids" : "text_ids",
+      " came; pass image_ids and text_ids together (the same tensor for paired data)");
   TORCH_CHECK_VALUE(!a.labels || !a.image_ids, a.op,
                     ": labels came with image_ids and text_ids; both name the positives, pass one");
   TORCH_CHECK_VALUE(!a.ignore_same_ids || a.image_ids, a.op,
@@ -268,10 +268,11 @@ struct Sides {
   Side row, col;
 
   Sides(const Call& call, int64_t directions)
-      : row{call.pairs, call.row_weight, true, call.in.image.rows, 0,
-            (directions & kImageToText) != 0},
-        col{call.pairs, call.col_weight, false, call.in.text.rows, call.in.image.rows,
-            (directions & kTextToImage) != 0} {}
+      : row{call.pairs, call.row_weight,
+            true,       call.in.image.rows,
+            0,          (directions & kImageToText) != 0},
+        col{call.pairs,        call.col_weight,    false,
+            call.in.text.rows, call.in.image.rows, (directions & kTextToImage) != 0} {}
 
   double share() const { return row.active && col.active ? 0.5 : 1.0; }
 };
@@ -290,9 +291,8 @@ KeptSimilarity kept_similarity(const Tensor& kept) {
 
 SoftmaxStats stats_view(const Tensor& stats, const Side& side, bool smoothing) {
   const auto at = [&](StatsRow row) {
-    return row < stats.size(0)
-               ? stats.mutable_data_ptr<float>() + row * stats.size(1) + side.offset
-               : nullptr;
+    return row < stats.size(0) ? stats.mutable_data_ptr<float>() + row * stats.size(1) + side.offset
+                               : nullptr;
   };
   const bool metrics = stats.size(0) == kMetricStats;
   SoftmaxStats s;
@@ -362,7 +362,9 @@ void clip_check(const Args& a, double label_smoothing, int64_t directions, int64
   check_choice(a.op, "reduction", reduction, kNone);
 }
 
-int64_t kept_rows(int64_t n) { return (n + kKeptRowMultiple - 1) / kKeptRowMultiple * kKeptRowMultiple; }
+int64_t kept_rows(int64_t n) {
+  return (n + kKeptRowMultiple - 1) / kKeptRowMultiple * kKeptRowMultiple;
+}
 
 // -> loss () or (N + M,), stats (4 | 7, N + M), kept (panels, N padded, 64), metrics (8,) or (0,).
 std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
@@ -373,9 +375,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
     c10::SymInt symbolic_panels, bool metrics) {
   const int64_t kept_panels = symbolic_panels.expect_int();
   const OptionalTensor no_bias;
-  const Args args{"clip_loss", image,  text,       logit_scale, scale,           no_bias,     0.0,
-                  image_ids,   text_ids, labels,   row_weight,  col_weight,      ignore_same_ids,
-                  workspace_mb};
+  const Args args{
+      "clip_loss", image,    text,   logit_scale, scale,      no_bias,         0.0,
+      image_ids,   text_ids, labels, row_weight,  col_weight, ignore_same_ids, workspace_mb};
   clip_check(args, label_smoothing, directions, reduction);
   const int64_t n = args.n(), m = args.m();
   TORCH_CHECK_VALUE(kept_panels >= 0 && kept_panels * kKeptPanelColumns < m + kKeptPanelColumns,
@@ -396,8 +398,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
     loss.zero_();
     stats.zero_();
   } else {
-    call.in.scratch_budget = std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()),
-                                      kMinScratch);
+    call.in.scratch_budget =
+        std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()), kMinScratch);
     const Tensor scratch = call.scratch({});
     cpu::clip_stats(call.in, row, col, kept_similarity(kept), scratch.mutable_data_ptr());
     float* out = loss.mutable_data_ptr<float>();
@@ -441,11 +443,11 @@ struct Coefficients {
       const double own = reduction == kNone ? grad[side.offset + i] : 1.0;
       const double g = common * own * side.weight[i];
       softmax[i] = static_cast<float>(g / s.sum[i]);
-      positive[i] = static_cast<float>(
-          g * (1.0 - smoothing) / static_cast<double>(side.pairs.positives(side.rows, i)));
+      positive[i] = static_cast<float>(g * (1.0 - smoothing) /
+                                       static_cast<double>(side.pairs.positives(side.rows, i)));
       if (smoothing > 0.0) {
-        kept[i] = static_cast<float>(g * smoothing /
-                                     static_cast<double>(side.pairs.kept(side.rows, i)));
+        kept[i] =
+            static_cast<float>(g * smoothing / static_cast<double>(side.pairs.kept(side.rows, i)));
       }
     }
     view = {s.max, softmax.data(), positive.data(), smoothing > 0.0 ? kept.data() : nullptr};
@@ -470,9 +472,9 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_bwd(
     int64_t directions, int64_t reduction, int64_t workspace_mb, const Tensor& stats,
     const Tensor& kept, int64_t needs) {
   const OptionalTensor no_bias;
-  const Args args{"clip_loss", image,  text,       logit_scale, scale,           no_bias,     0.0,
-                  image_ids,   text_ids, labels,   row_weight,  col_weight,      ignore_same_ids,
-                  workspace_mb};
+  const Args args{
+      "clip_loss", image,    text,   logit_scale, scale,      no_bias,         0.0,
+      image_ids,   text_ids, labels, row_weight,  col_weight, ignore_same_ids, workspace_mb};
   clip_check(args, label_smoothing, directions, reduction);
   const int64_t n = args.n(), m = args.m();
   TORCH_CHECK_VALUE(grad.numel() == (reduction == kNone ? n + m : 1),
@@ -502,8 +504,8 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_bwd(
   const float* g = grads.const_data_ptr<float>();
   const Coefficients row(sides.row, row_stats, g, reduction, sides.share(), label_smoothing, fold);
   const Coefficients col(sides.col, col_stats, g, reduction, sides.share(), label_smoothing, fold);
-  call.in.scratch_budget = std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()),
-                                    kMinScratch);
+  call.in.scratch_budget =
+      std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()), kMinScratch);
   double similarity = 0.0;
   const ContrastiveGrads out{output(grad_image), output(grad_text), &similarity, nullptr};
   const Tensor scratch = call.scratch(grad_pass(out));
@@ -534,13 +536,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_one_way_fwd(
     bool ignore_same_ids, int64_t directions, int64_t reduction, int64_t workspace_mb,
     int64_t needs) {
   const OptionalTensor no_bias;
-  const Args args{"clip_loss", image,  text,       logit_scale, scale,           no_bias,     0.0,
-                  image_ids,   text_ids, labels,   row_weight,  col_weight,      ignore_same_ids,
-                  workspace_mb};
+  const Args args{
+      "clip_loss", image,    text,   logit_scale, scale,      no_bias,         0.0,
+      image_ids,   text_ids, labels, row_weight,  col_weight, ignore_same_ids, workspace_mb};
   clip_check(args, label_smoothing, directions, reduction);
-  TORCH_CHECK_VALUE((directions == kImageToText || directions == kTextToImage) &&
-                        reduction != kNone,
-                    "clip_loss: one pass needs one direction and the reduction mean or sum");
+  TORCH_CHECK_VALUE(
+      (directions == kImageToText || directions == kTextToImage) && reduction != kNone,
+      "clip_loss: one pass needs one direction and the reduction mean or sum");
   Call call(args);
 
   const Tensor loss = at::empty({}, f32(image));
@@ -616,9 +618,11 @@ std::tuple<Tensor, Tensor, Tensor> one_way_bwd(bool in_place, const Tensor& grad
                       (s < 0.f ? -factor : factor) * similarity)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> clip_loss_one_way_bwd(
-    const Tensor& grad, const OptionalTensor& logit_scale, double scale, const Tensor& formed_image,
-    const Tensor& formed_text, const Tensor& sums, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor> clip_loss_one_way_bwd(const Tensor& grad,
+                                                         const OptionalTensor& logit_scale,
+                                                         double scale, const Tensor& formed_image,
+                                                         const Tensor& formed_text,
+                                                         const Tensor& sums, int64_t needs) {
   return one_way_bwd(false, grad, logit_scale, scale, formed_image, formed_text, sums, needs);
 }
 
@@ -657,11 +661,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd(
     const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
     const OptionalTensor& logit_bias, double bias, const OptionalTensor& image_ids,
     const OptionalTensor& text_ids, const OptionalTensor& labels, const OptionalTensor& row_weight,
-    const OptionalTensor& col_weight, bool ignore_same_ids, int64_t reduction,
-    int64_t workspace_mb, int64_t needs, bool metrics) {
-  const Args args{"siglip_loss", image,    text,   logit_scale, scale,      logit_bias,      bias,
-                  image_ids,     text_ids, labels, row_weight,  col_weight, ignore_same_ids,
-                  workspace_mb};
+    const OptionalTensor& col_weight, bool ignore_same_ids, int64_t reduction, int64_t workspace_mb,
+    int64_t needs, bool metrics) {
+  const Args args{
+      "siglip_loss", image,    text,   logit_scale, scale,      logit_bias,      bias,
+      image_ids,     text_ids, labels, row_weight,  col_weight, ignore_same_ids, workspace_mb};
   check(args);
   check_choice(args.op, "reduction", reduction, kNone);
   const int64_t n = args.n();
@@ -716,9 +720,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
     const OptionalTensor& row_weight, const OptionalTensor& col_weight, bool ignore_same_ids,
     int64_t reduction, int64_t workspace_mb, const Tensor& formed_image, const Tensor& formed_text,
     const Tensor& sums, int64_t needs) {
-  const Args args{"siglip_loss", image,    text,   logit_scale, scale,      logit_bias,      bias,
-                  image_ids,     text_ids, labels, row_weight,  col_weight, ignore_same_ids,
-                  workspace_mb};
+  const Args args{
+      "siglip_loss", image,    text,   logit_scale, scale,      logit_bias,      bias,
+      image_ids,     text_ids, labels, row_weight,  col_weight, ignore_same_ids, workspace_mb};
   check(args);
   check_choice(args.op, "reduction", reduction, kNone);
   TORCH_CHECK_VALUE(grad.numel() == (reduction == kNone ? args.n() : 1),
@@ -740,9 +744,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
                 {output(grad_image), output(grad_text), &by_similarity, &by_logit});
     in_place = true;
   } else {
-    TORCH_CHECK_VALUE(sums.numel() == 2 && (!need_image || formed_image.sizes() == image.sizes()) &&
-                          (!need_text || formed_text.sizes() == text.sizes()),
-                      "siglip_loss backward: the forward's gradients do not belong to these features");
+    TORCH_CHECK_VALUE(
+        sums.numel() == 2 && (!need_image || formed_image.sizes() == image.sizes()) &&
+            (!need_text || formed_text.sizes() == text.sizes()),
+        "siglip_loss backward: the forward's gradients do not belong to these features");
     const double divisor = siglip_divisor(call, reduction);
     factor = divisor != 0.0 ? *grads.const_data_ptr<float>() / divisor : 0.0;
     by_similarity = factor * sums.const_data_ptr<double>()[0];
@@ -756,24 +761,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
           scalar_grad(logit_bias, needs & kNeedBias, image, by_logit)};
 }
 
-#define VLM_SIGLIP_BWD(name, in_place)                                                            \
-  std::tuple<Tensor, Tensor, Tensor, Tensor> name(                                                \
-      const Tensor& grad, const Tensor& image, const Tensor& text,                                \
-      const OptionalTensor& logit_scale, double scale, const OptionalTensor& logit_bias,          \
-      double bias, const OptionalTensor& image_ids, const OptionalTensor& text_ids,               \
-      const OptionalTensor& labels, const OptionalTensor& row_weight,                             \
-      const OptionalTensor& col_weight, bool ignore_same_ids, int64_t reduction,                  \
-      int64_t workspace_mb, const Tensor& formed_image, const Tensor& formed_text,                \
-      const Tensor& sums, int64_t needs) {                                                        \
-    return siglip_bwd(in_place, grad, image, text, logit_scale, scale, logit_bias, bias,          \
-                      image_ids, text_ids, labels, row_weight, col_weight, ignore_same_ids,       \
-                      reduction, workspace_mb, formed_image, formed_text, sums, needs);           \
+#define VLM_SIGLIP_BWD(name, in_place)                                                      \
+  std::tuple<Tensor, Tensor, Tensor, Tensor> name(                                          \
+      const Tensor& grad, const Tensor& image, const Tensor& text,                          \
+      const OptionalTensor& logit_scale, double scale, const OptionalTensor& logit_bias,    \
+      double bias, const OptionalTensor& image_ids, const OptionalTensor& text_ids,         \
+      const OptionalTensor& labels, const OptionalTensor& row_weight,                       \
+      const OptionalTensor& col_weight, bool ignore_same_ids, int64_t reduction,            \
+      int64_t workspace_mb, const Tensor& formed_image, const Tensor& formed_text,          \
+      const Tensor& sums, int64_t needs) {                                                  \
+    return siglip_bwd(in_place, grad, image, text, logit_scale, scale, logit_bias, bias,    \
+                      image_ids, text_ids, labels, row_weight, col_weight, ignore_same_ids, \
+                      reduction, workspace_mb, formed_image, formed_text, sums, needs);     \
   }
 VLM_SIGLIP_BWD(siglip_loss_bwd, false)
 VLM_SIGLIP_BWD(siglip_loss_bwd_in_place, true)
 #undef VLM_SIGLIP_BWD
 
-#define VLM_PAIR_ARGS                                                                       \
+#define VLM_PAIR_ARGS \
   "Tensor? image_ids, Tensor? text_ids, Tensor? labels, Tensor? row_weight, Tensor? col_weight, "
 
 constexpr const char* kClipFwd =
@@ -781,13 +786,13 @@ constexpr const char* kClipFwd =
     "float label_smoothing, bool ignore_same_ids, int directions, int reduction, "
     "int workspace_mb, SymInt kept_panels, bool metrics) -> (Tensor, Tensor, Tensor, Tensor)";
 constexpr const char* kClipBwd =
-    "clip_loss_bwd(Tensor grad, Tensor image, Tensor text, Tensor? logit_scale, float scale, "
-    VLM_PAIR_ARGS
+    "clip_loss_bwd(Tensor grad, Tensor image, Tensor text, Tensor? logit_scale, float "
+    "scale, " VLM_PAIR_ARGS
     "float label_smoothing, bool ignore_same_ids, int directions, int reduction, "
     "int workspace_mb, Tensor stats, Tensor kept, int needs) -> (Tensor, Tensor, Tensor)";
 constexpr const char* kOneWayFwd =
-    "clip_loss_one_way_fwd(Tensor image, Tensor text, Tensor? logit_scale, float scale, "
-    VLM_PAIR_ARGS
+    "clip_loss_one_way_fwd(Tensor image, Tensor text, Tensor? logit_scale, float "
+    "scale, " VLM_PAIR_ARGS
     "float label_smoothing, bool ignore_same_ids, int directions, int reduction, "
     "int workspace_mb, int needs) -> (Tensor, Tensor, Tensor, Tensor)";
 constexpr const char* kOneWayBwd =

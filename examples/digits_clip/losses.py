@@ -14,11 +14,11 @@ Loss = Callable[..., Tensor]  # image features, text features, logit scale, logi
 
 
 def similarity(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    logits = scale * image @ text.T  # (N, N): the matrix that vlm_kernels never holds
+    logits = scale * image @ text.T  # (N, N): what vlm_kernels never holds
     return logits if bias is None else logits + bias
 
 
-def clip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Cross-entropy of each image over the texts and of each text over the images, halved."""
     logits = similarity(image, text, scale, bias)
     labels = torch.arange(len(logits))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import signal
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from .losses import OURS, PLAIN, Loss
 
 LARGE_N, LARGE_DIM = 16384, 512
-GB = 1e9
 
 
 def _proc(file: str, key: str) -> float:
@@ -50,19 +49,19 @@ class Cost(NamedTuple):
     extra_bytes: float  # peak memory above the features and their gradients
 
 
-def _cost(loss: Loss, n: int, dim: int, siglip: bool, threads: int) -> Cost:
+def _measure(send: Connection, loss: Loss, n: int, dim: int, siglip: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
 
-    def inputs(rows: int) -> list[Tensor | None]:
+    def inputs(rows: int) -> list[Tensor]:
         image, text = F.normalize(torch.randn(2, rows, dim, generator=generator), dim=-1)
         scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
-        wanted = [image.clone(), text.clone(), scale] + [bias] * siglip
-        return [x.requires_grad_() for x in wanted] + [None] * (not siglip)
+        args = [image.clone(), text.clone(), scale, bias]
+        return [x.requires_grad_() for x in (args if siglip else args[:3])]
 
-    def step(args: list[Tensor | None]) -> float:
+    def step(args: list[Tensor]) -> float:
         start = time.perf_counter()
-        torch.autograd.grad(loss(*args), [x for x in args if x is not None])
+        torch.autograd.grad(loss(*args), args)
         return time.perf_counter() - start
 
     step(inputs(256))  # starts the threads and loads what is loaded on first use
@@ -73,7 +72,7 @@ def _cost(loss: Loss, n: int, dim: int, siglip: bool, threads: int) -> Cost:
     while sum(seconds) < 8 and len(seconds) < 5:  # a plain step takes many seconds on two cores
         seconds.append(step(args))
     gradients = 2 * n * dim * 4
-    return Cost(statistics.median(seconds), peak_rss() - before - gradients)
+    send.send(Cost(statistics.median(seconds), peak_rss() - before - gradients))
 
 
 def large_batch_cost(
@@ -83,11 +82,19 @@ def large_batch_cost(
     matrices = {"clip": 5, "siglip": 6}[kind] if plain else 0  # N x N, held at once
     needed, free = 4 * n * n * matrices, available_memory()
     if free < needed:
-        return f"not run: it needs {needed / GB:.1f} GB and {free / GB:.1f} GB are free"
+        return f"not run: it needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
     loss = (PLAIN if plain else OURS)[kind]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        try:
-            return pool.submit(_cost, loss, n, dim, kind == "siglip", threads).result()
-        except BrokenProcessPool:
-            return "its process was killed, most likely for want of memory"
+    receive, send = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_measure, args=(send, loss, n, dim, kind == "siglip", threads))
+    process.start()
+    send.close()  # so that its end in the process is the only one, and recv sees it close
+    try:
+        return receive.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            return "killed by the system, most likely for want of memory"
+        raise RuntimeError(f"measuring the loss failed, exit code {process.exitcode}") from None
+    finally:
+        process.join()

@@ -144,7 +144,7 @@ def clip_loss(
         raise ValueError(
             f"clip_loss: logit_bias has shape {tuple(bias.shape)}, expected () or (1,)"
         )
-    metrics = None
+    metrics: Any = None
     if torch.is_grad_enabled() and (
         image_features.requires_grad
         or text_features.requires_grad
@@ -160,8 +160,7 @@ def clip_loss(
             text_features,
             scale,
             bias,
-            *tensors,
-            (scale_value, panels, return_metrics, options),
+            (tensors, scale_value, panels, return_metrics, options),
         )
         if return_metrics:
             loss, metrics = loss
@@ -256,11 +255,11 @@ def siglip_loss(
             + _NEED_SCALE * (scale is not None and scale.requires_grad)
             + _NEED_BIAS * (bias is not None and bias.requires_grad)
         )
-    metrics = None
+    metrics: Any = None
     if needs:
         values = (scale_value, bias_value, needs, return_metrics)
         loss = _SiglipLossFn.apply(
-            image_features, text_features, scale, bias, *tensors, (values, options)
+            image_features, text_features, scale, bias, (tensors, values, options)
         )
         if return_metrics:
             loss, metrics = loss
@@ -288,14 +287,14 @@ class _ClipLossFn(torch.autograd.Function):
         text: Tensor,
         scale: Tensor | None,
         bias: Tensor | None,
-        *rest: Any,  # image_ids, text_ids, labels, row, column weights, (value, ...)
+        call: Any,  # one tuple: every further argument of `apply` costs time
     ) -> Any:
-        *tensors, (value, panels, metrics, options) = rest
+        tensors, value, panels, metrics, options = call
         loss, stats, kept, measured = _ops().clip_loss_fwd(
             image, text, scale, value, *tensors, *options, panels, metrics
         )
-        ctx.save_for_backward(image, text, scale, bias, stats, kept, *tensors)
-        ctx.value, ctx.options = value, options
+        ctx.save_for_backward(image, text, scale, bias, stats, kept)
+        ctx.call = call
         if not metrics:
             return loss
         ctx.mark_non_differentiable(measured)
@@ -304,20 +303,21 @@ class _ClipLossFn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        image, text, scale, bias, stats, kept, *tensors = ctx.saved_tensors
+        image, text, scale, bias, stats, kept = ctx.saved_tensors
+        tensors, value, _panels, _metrics, options = ctx.call
         need_image, need_text, need_scale, need_bias = ctx.needs_input_grad[:4]
         needs = _NEED_IMAGE * need_image + _NEED_TEXT * need_text + _NEED_SCALE * need_scale
         grads: Any = (None, None, None)
         if needs:
             grads = _ops().clip_loss_bwd(
-                grad, image, text, scale, ctx.value, *tensors, *ctx.options, stats, kept, needs
+                grad, image, text, scale, value, *tensors, *options, stats, kept, needs
             )
         return (
             grads[0] if need_image else None,
             grads[1] if need_text else None,
             grads[2] if need_scale else None,
             torch.zeros_like(bias) if need_bias else None,  # no softmax depends on it
-            *[None] * 6,
+            None,
         )
 
 
@@ -331,16 +331,16 @@ class _ClipOneWayFn(torch.autograd.Function):
         text: Tensor,
         scale: Tensor | None,
         bias: Tensor | None,
-        *rest: Any,
+        call: Any,
     ) -> Any:
-        *tensors, (value, _panels, _metrics, options) = rest
+        tensors, value, _panels, _metrics, options = call
         needs = sum(
             bit * need
             for bit, need in zip(
                 (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE), ctx.needs_input_grad, strict=False
             )
         )
-        loss, *formed = _C.clip_loss_one_way_fwd(  # type: ignore[union-attr]
+        loss, *formed = _C.clip_loss_one_way_fwd(
             image, text, scale, value, *tensors, *options, needs
         )
         ctx.save_for_backward(scale, bias, *formed)
@@ -351,12 +351,12 @@ class _ClipOneWayFn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         scale, bias, *formed = ctx.saved_tensors
-        run = _C.clip_loss_one_way_bwd if _graph_is_kept() else _C.clip_loss_one_way_bwd_in_place  # type: ignore[union-attr]
+        run = _C.clip_loss_one_way_bwd if _graph_is_kept() else _C.clip_loss_one_way_bwd_in_place
         grads = run(grad, scale, ctx.value, *formed, ctx.needs)
         bits = (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE)
         needed = (g if ctx.needs & bit else None for g, bit in zip(grads, bits, strict=True))
         bias_grad = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
-        return (*needed, bias_grad, *[None] * 6)
+        return (*needed, bias_grad, None)
 
 
 class _SiglipLossFn(torch.autograd.Function):
@@ -367,15 +367,15 @@ class _SiglipLossFn(torch.autograd.Function):
         text: Tensor,
         scale: Tensor | None,
         bias: Tensor | None,
-        *rest: Any,  # image_ids, text_ids, labels, row and column weights, (values, options)
+        call: Any,
     ) -> Any:
-        *tensors, (values, options) = rest
+        tensors, values, options = call
         scale_value, bias_value, needs, metrics = values
         loss, *formed, measured = _ops().siglip_loss_fwd(
             image, text, scale, scale_value, bias, bias_value, *tensors, *options, needs, metrics
         )
-        ctx.save_for_backward(image, text, scale, bias, *formed, *tensors)
-        ctx.values, ctx.options = values, options
+        ctx.save_for_backward(image, text, scale, bias, *formed)
+        ctx.call = call
         if not metrics:
             return loss
         ctx.mark_non_differentiable(measured)
@@ -384,13 +384,12 @@ class _SiglipLossFn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        image, text, scale, bias, *rest = ctx.saved_tensors
-        formed, tensors = rest[:3], rest[3:]
-        scale_value, bias_value, needs, _metrics = ctx.values
+        image, text, scale, bias, *formed = ctx.saved_tensors
+        tensors, (scale_value, bias_value, needs, _metrics), options = ctx.call
         if torch.compiler.is_compiling() or _graph_is_kept():
             run = _ops().siglip_loss_bwd
         else:
-            run = _C.siglip_loss_bwd_in_place  # type: ignore[union-attr]
+            run = _C.siglip_loss_bwd_in_place
         grads = run(
             grad,
             image,
@@ -400,13 +399,13 @@ class _SiglipLossFn(torch.autograd.Function):
             bias,
             bias_value,
             *tensors,
-            *ctx.options,
+            *options,
             *formed,
             needs,
         )
         bits = (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS)
         needed = (g if needs & bit else None for g, bit in zip(grads, bits, strict=True))
-        return (*needed, *[None] * 6)
+        return (*needed, None)
 
 
 def _ops() -> Any:
@@ -573,11 +572,11 @@ def _check_reference(
             kind = "integer" if integral else "floating-point"
             raise TypeError(f"{op}: {name} is {vector.dtype}, expected a {kind} tensor")
     tensors = (text, image_ids, text_ids, labels, row, column)
-    for x in tensors:
-        if x is not None and x.device != image.device:
+    for other in tensors:
+        if other is not None and other.device != image.device:
             raise ValueError(
-                f"{op}: a tensor is on {x.device} but the features are on {image.device}; move it "
-                "there with .to()"
+                f"{op}: a tensor is on {other.device} but the features are on {image.device}; "
+                "move it there with .to()"
             )
     if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (labels < -1) | (labels >= m)

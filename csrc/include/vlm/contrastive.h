@@ -9,8 +9,8 @@
 namespace vlm {
 
 enum class Positives {
-  diagonal,  // (i, i)
-  ids,       // image_ids[i] == text_ids[j]
+  diagonal,                   // (i, i)
+  ids,                        // image_ids[i] == text_ids[j]
   diagonal_without_same_ids,  // (i, i); other pairs of the same id leave the denominators
 };
 
@@ -22,17 +22,17 @@ struct ContrastiveInputs {
   Positives positives = Positives::diagonal;
   const int32_t* image_ids = nullptr;  // (N,) dense ids, unless positives == diagonal
   const int32_t* text_ids = nullptr;   // (M,)
-  int64_t scratch_budget = 0;  // bytes the blocks are sized for
+  int64_t scratch_budget = 0;          // bytes the blocks are sized for
 };
 
 // Per-row or per-column sums of one softmax direction. Null members are not computed; `max` and
 // `sum` go together.
 struct SoftmaxStats {
-  float* max = nullptr;           // largest kept S
-  float* sum = nullptr;           // sum of exp(|scale| * (S - max)) over kept entries
-  float* positive = nullptr;      // sum of S over positives
-  float* kept = nullptr;          // sum of S over kept entries
-  float* entropy = nullptr;       // sum of e * |scale| * (S - max), e as in `sum`
+  float* max = nullptr;            // largest kept S
+  float* sum = nullptr;            // sum of exp(|scale| * (S - max)) over kept entries
+  float* positive = nullptr;       // sum of S over positives
+  float* kept = nullptr;           // sum of S over kept entries
+  float* entropy = nullptr;        // sum of e * |scale| * (S - max), e as in `sum`
   float* best_positive = nullptr;  // largest S over positives
   float* best_negative = nullptr;  // largest kept S over the rest
 };
@@ -57,8 +57,8 @@ constexpr int64_t kKeptPanelColumns = 64;
 constexpr int64_t kKeptRowMultiple = 128;
 
 struct ContrastiveGrads {
-  MutableMatrixRef image;  // (N, D) in the input dtype; data == nullptr: not needed
-  MutableMatrixRef text;   // (M, D)
+  MutableMatrixRef image;        // (N, D) in the input dtype; data == nullptr: not needed
+  MutableMatrixRef text;         // (M, D)
   double* similarity = nullptr;  // sum of G * S (one number): gives the gradient of the scale
   double* logit = nullptr;       // sum of G (one number): gives the gradient of the bias
 };
@@ -71,9 +71,9 @@ struct SigmoidTerms {
 
 // What a pass forms; all false is a forward without gradients.
 struct ContrastivePass {
-  bool grads = false;  // G at all: of the scale and the bias
-  bool image = false;  // dLoss/dimage
-  bool text = false;   // dLoss/dtext
+  bool grads = false;          // G at all: of the scale and the bias
+  bool image = false;          // dLoss/dimage
+  bool text = false;           // dLoss/dtext
   bool whole_columns = false;  // clip_columns
 };
 
@@ -93,10 +93,10 @@ void clip_stats(const ContrastiveInputs& in, const SoftmaxStats& row, const Soft
 void clip_grads(const ContrastiveInputs& in, const SoftmaxGrad& row, const SoftmaxGrad& col,
                 const KeptSimilarity& kept, const ContrastiveGrads& out, void* scratch);
 
-// One direction of InfoNCE in one pass: the softmax of each column (over the images), its statistics
-// and then, from the similarity of whole columns kept meanwhile, its gradients. `target.softmax` is
-// the gradient of each column's loss; `target.max` is not read. Pass: whole_columns and what `out`
-// asks for.
+// One direction of InfoNCE in one pass: the softmax of each column (over the images), its
+// statistics and then, from the similarity of whole columns kept meanwhile, its gradients.
+// `target.softmax` is the gradient of each column's loss; `target.max` is not read. Pass:
+// whole_columns and what `out` asks for.
 void clip_columns(const ContrastiveInputs& in, const SoftmaxStats& col, const SoftmaxGrad& target,
                   const ContrastiveGrads& out, void* scratch);
 
