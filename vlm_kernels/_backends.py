@@ -123,7 +123,7 @@ def _warn_reference(op: str) -> None:
             "reference",
             f"{op} and other ops run on their plain PyTorch reference, slower and with more "
             f"memory: {_load.load_error}",
-            stacklevel=5,
+            stacklevel=6,  # warn_once, this, select, the op's own choice, the op, its caller
         )
 
 

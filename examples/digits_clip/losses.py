@@ -15,7 +15,9 @@ Loss = Callable[..., Tensor]  # image features, text features, logit scale, logi
 
 def similarity(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     logits = scale * image @ text.T  # (N, N): what vlm_kernels never holds
-    return logits if bias is None else logits + bias
+    if bias is not None:
+        logits += bias
+    return logits
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,7 +27,7 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = 
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Every pair is a yes-no question: yes (+1) on the diagonal, no (-1) elsewhere."""
     logits = similarity(image, text, scale, bias)
     sign = 2 * torch.eye(len(logits)) - 1

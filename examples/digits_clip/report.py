@@ -56,16 +56,13 @@ def _row(what: str, *columns: str) -> None:
 def draw(plain: Training, ours: Training, images: Tensor, labels: Tensor, path: str) -> None:
     """Digits and similarities of `ours`, both loss curves, and the cost at a large batch."""
     figure = plt.figure(figsize=(16, 10), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1], hspace=0.04)
-    left, right = top.subfigures(1, 2, width_ratios=[1.5, 1], wspace=0.03)
-    _draw_digits(left, ours.predictions, images, labels)
-    _draw_similarity(right, ours.similarity, labels)
-    if any(isinstance(run.large, Cost) for run in (plain, ours)):
-        left, right = bottom.subfigures(1, 2, width_ratios=[1.5, 1], wspace=0.03)
-        _draw_curves(left.subplots(), plain, ours)
-        _draw_large(right, plain, ours)
-    else:
-        _draw_curves(bottom.subplots(), plain, ours)
+    panels = figure.subfigures(
+        2, 2, width_ratios=[1.5, 1], height_ratios=[1.1, 1], wspace=0.03, hspace=0.04
+    )
+    _draw_digits(panels[0, 0], ours.predictions, images, labels)
+    _draw_similarity(panels[0, 1], ours.similarity, labels)
+    _draw_curves(panels[1, 0].subplots(), plain, ours)
+    _draw_large(panels[1, 1], plain, ours)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

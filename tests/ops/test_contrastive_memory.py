@@ -144,6 +144,7 @@ def test_gradients_nobody_wants_are_not_made(variant: Variant, wanted: str) -> N
 def test_memory_does_not_grow_from_step_to_step(op: str) -> None:
     fn = partial(getattr(vlm_kernels, op), backend="cpu")
     inputs = spec.make_inputs(64, 64, 32).map(lambda t: t.requires_grad_())
+    torch.set_num_threads(1)
 
     def resident() -> int:
         with open("/proc/self/statm") as file:
