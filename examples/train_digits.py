@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(1)  # towers this small gain nothing from more
+    torch.set_num_threads(1)  # for towers this small more gains little, and loses on a busy machine
     torch.manual_seed(args.seed)
     print(f"vlm_kernels {vlm_kernels.__version__}, torch {torch.__version__}")
     features = torch.zeros(args.batch, EMBED_DIM)

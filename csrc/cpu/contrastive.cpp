@@ -336,29 +336,31 @@ struct StatsTile {
 // ---------------------------------------------------------------------------------------------
 // Gradient epilogues: S -> G.
 
-// Where an epilogue puts G: row-major for dX = G Y, and in row pairs for dY^T = X^T G (bf16; fp32
-// uses the row-major copy for both). All pointers are at the tile's first entry.
+// Where an epilogue puts G: row-major, the A operand of dX = G Y, and as panels, the B operand of
+// dY^T = X^T G. All pointers are at the tile's first entry.
 template <class T>
 struct GradTile {
   T* rows;
   int64_t ld;
-  uint32_t* pairs;      // null: dY is not needed
-  int64_t pair_stride;  // words from one panel to the next
+  uint32_t* panels;      // null: dY is not needed
+  int64_t panel_stride;  // words from one panel to the next
 
   // Rows r and r + 1 (r even) at panel p, vector v.
   VLM_INLINE void put(const GradTile& g, int64_t r, int64_t p, int64_t v, vf x, vf y) {
     const int64_t at = r * g.ld + p * kPanel + v * kLanes;
+    const int64_t panel = p * g.panel_stride + r / kPerWord<T> * kPanel + v * kLanes;
     if constexpr (sizeof(T) == 4) {
       store(g.rows + at, x);
       store(g.rows + at + g.ld, y);
+      if (g.panels) {
+        store(g.panels + panel, (vu)x);
+        store(g.panels + panel + kPanel, (vu)y);
+      }
     } else {
       const vu a = bf16_bits(x), b = bf16_bits(y);
       store(g.rows + at, __builtin_convertvector(a >> 16, vh));
       store(g.rows + at + g.ld, __builtin_convertvector(b >> 16, vh));
-      if (g.pairs) {
-        store(g.pairs + p * g.pair_stride + r / 2 * kPanel + v * kLanes,
-              (a >> 16) | (b & 0xffff0000u));
-      }
+      if (g.panels) store(g.panels + panel, (a >> 16) | (b & 0xffff0000u));
     }
   }
 };
@@ -453,7 +455,7 @@ struct SigmoidEpilogue {
               Masks::get(masks, i, j, positive, excluded);
               z = positive ? -z : z;
             }
-            const vf e = exp2((z > 0.f ? -z : z) * kLog2e);
+            const vf e = exp(z > 0.f ? -z : z);
             vf w = broadcast(row_weight ? row_weight[i] : 1.f);
             if (col_weight) w *= load(col_weight + j);
             const vf loss = w * ((z > 0.f ? z : zero) + log1p_unit(e));
@@ -499,18 +501,17 @@ using Pass = ContrastivePass;
 // Scratch of one call, carved for `threads` threads.
 template <class T>
 struct Scratch {
-  uint32_t* text_t;      // text^T as B operand of S: [panel][D words][64]
-  T* text_rows;          // text as B operand of dX: [D / 64][bn][64]
-  T* image_t;            // image^T as A operand of dY^T: (D, bm + pad)
-  T* grad_rows;          // fp32: G (bm, bn + pad), shared
-  uint32_t* grad_pairs;  // bf16: G [panel][bm / 2][64] words
-  float* text_grad;      // dY^T of the block: [panel][D][64]
-  float* image_grad;     // dX (N, D) of 16-bit inputs
-  float* columns;        // S of whole columns: [panel][N padded][64]
-  float* partial;        // statistics: (bm / 128, kFields + 2, bn)
-  float* row_vectors;    // up to 3 x N
-  float* col_vectors;    // up to 4 x M padded
-  int32_t* col_ids;      // M padded
+  uint32_t* text_t;       // text^T as B operand of S: [panel][D words][64]
+  T* text_rows;           // text as B operand of dX: [D / 64][bn][64]
+  T* image_t;             // image^T as A operand of dY^T: (D, bm + pad)
+  uint32_t* grad_panels;  // G as B operand of dY^T: [panel][bm][64]
+  float* text_grad;       // dY^T of the block: [panel][D][64]
+  float* image_grad;      // dX (N, D) of 16-bit inputs
+  float* columns;         // S of whole columns: [panel][N padded][64]
+  float* partial;         // statistics: (bm / 128, kFields + 2, bn)
+  float* row_vectors;     // up to 3 x N
+  float* col_vectors;     // up to 4 x M padded
+  int32_t* col_ids;       // M padded
   char* per_thread;
   int64_t per_thread_bytes;
 
@@ -535,12 +536,11 @@ int64_t carve(const Plan& p, int threads, char* base, Scratch<T>* out) {
   Scratch<T> s{};
   const int64_t panels = p.bn / kPanel;
   s.text_t = arena.take<uint32_t>(panels * p.words(kPerWord<T>) * kPanel);
-  if (p.pass.grads && sizeof(T) == 4) s.grad_rows = arena.take<T>(p.bm * (p.bn + kPad));
   if (p.pass.image) s.text_rows = arena.take<T>(ceil_div(p.d, kPanel) * p.bn * kPanel);
   if (p.pass.image && !p.f32_out) s.image_grad = arena.take<float>(p.n * p.d);
   if (p.pass.text) {
     s.image_t = arena.take<T>(p.d * (p.bm + kPad));
-    if (sizeof(T) == 2) s.grad_pairs = arena.take<uint32_t>(panels * p.bm / 2 * kPanel);
+    s.grad_panels = arena.take<uint32_t>(panels * p.bm / kPerWord<T> * kPanel);
     s.text_grad = arena.take<float>(panels * p.d * kPanel);
   }
   if (p.pass.whole_columns) s.columns = arena.take<float>(panels * round_up(p.n, kRows) * kPanel);
@@ -551,7 +551,7 @@ int64_t carve(const Plan& p, int threads, char* base, Scratch<T>* out) {
   Arena thread{nullptr};
   thread.take<T>(kRows * p.image_ld);
   thread.take<float>(kRows * kTileCols);
-  if (p.pass.grads && sizeof(T) == 2) thread.take<T>(kRows * (p.bn + kPad));
+  if (p.pass.grads) thread.take<T>(kRows * (p.bn + kPad));
   s.per_thread_bytes = thread.used;
   s.per_thread = arena.take<char>(threads * thread.used);
   if (out) *out = s;
@@ -568,7 +568,7 @@ Plan make_plan(const ContrastiveInputs& in, Pass pass) {
   p.image_ld = round_up(p.d, kLanes);
   const int64_t most_rows = round_up(p.n, kRows), most_cols = round_up(p.m, kTileCols);
   // The block's columns, and its rows below kDepth, decide the order of sums: never the threads.
-  int64_t block = sizeof(T) == 2 ? 2 * kDepth : kDepth;
+  int64_t block = 2048 / sizeof(T);  // measured: 2 KiB of G a row; twice and half lose 3 to 10 %
   const auto bytes = [&](int64_t rows, int threads) {
     p.bn = min(block, most_cols);
     p.bm = min(rows, most_rows);
@@ -800,23 +800,20 @@ class Blocks {
     return {s, stride, row.row, row.rows, j0 + p * kPanel, count};
   }
 
+  // G of the row tile at row `local` of the block: row-major in this thread's scratch.
   GradTile<T> grad_tile(int64_t local, int thread) const {
-    const int64_t ld = plan_.bn + kPad;
-    if constexpr (sizeof(T) == 4) {
-      return {scratch_.grad_rows + local * ld, ld, nullptr, 0};
-    } else {
-      char* base = reinterpret_cast<char*>(scratch_.image_rows(thread));
-      const int64_t offset = round_up(kRows * plan_.image_ld * sizeof(T), 64) +
-                             round_up(kRows * kTileCols * sizeof(float), 64);
-      uint32_t* pairs = scratch_.grad_pairs;
-      return {reinterpret_cast<T*>(base + offset), ld, pairs ? pairs + local / 2 * kPanel : nullptr,
-              plan_.bm / 2 * kPanel};
-    }
+    char* base = reinterpret_cast<char*>(scratch_.image_rows(thread));
+    const int64_t offset = round_up(kRows * plan_.image_ld * sizeof(T), 64) +
+                           round_up(kRows * kTileCols * sizeof(float), 64);
+    uint32_t* panels = scratch_.grad_panels;
+    return {reinterpret_cast<T*>(base + offset), plan_.bn + kPad,
+            panels ? panels + local / kPerWord<T> * kPanel : nullptr,
+            plan_.bm / kPerWord<T> * kPanel};
   }
 
   static GradTile<T> at_panel(GradTile<T> g, int64_t p) {
     g.rows += p * kPanel;
-    if (g.pairs) g.pairs += p * g.pair_stride;
+    if (g.panels) g.panels += p * g.panel_stride;
     return g;
   }
 
@@ -838,16 +835,9 @@ class Blocks {
       float* c = scratch_.text_grad + p * d * kPanel + first * kPanel;
       for (int64_t k = 0; k < depth; k += kDepth) {
         const T* a = scratch_.image_t + first * (plan_.bm + kPad) + k;
-        const T* b = nullptr;
-        int64_t ldb = kPanel;
-        if constexpr (sizeof(T) == 4) {
-          ldb = plan_.bn + kPad;
-          b = scratch_.grad_rows + k * ldb + p * kPanel;
-        } else {
-          b = reinterpret_cast<const T*>(scratch_.grad_pairs + (p * plan_.bm + k) / 2 * kPanel);
-        }
-        gemm_({min(kSplit, d - first), kPanel, min(kDepth, depth - k), plan_.bm + kPad, ldb, kPanel,
-               i0 + k > 0},
+        const T* b = reinterpret_cast<const T*>(scratch_.grad_panels) + (p * plan_.bm + k) * kPanel;
+        gemm_({min(kSplit, d - first), kPanel, min(kDepth, depth - k), plan_.bm + kPad, kPanel,
+               kPanel, i0 + k > 0},
               a, b, c);
       }
       gemm_.release();

@@ -72,20 +72,35 @@ VLM_INLINE float hmax(vf x) {
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLowest = -3.402823466e+38f;
 
-// 2^x for x <= 127; about 1e-38 below -126 and for -inf; NaN stays NaN. Chebyshev fit of degree 6
-// on [-1/2, 1/2]: the rounding of fp32 is what is left.
-VLM_INLINE vf exp2(vf x) {
-  const vf y = x < -126.f ? broadcast(-126.f) : x;
-  const vf magic = broadcast(12582912.f);  // 1.5 * 2^23: the low mantissa bits become round(y)
-  const vf shifted = y + magic;
-  const vf f = y - (shifted - magic);
+// 2^(n + f), f in [-1/2, 1/2], n in the low mantissa bits of `shifted`. Chebyshev fit of degree 6:
+// the rounding of fp32 is what is left.
+VLM_INLINE vf exp2_parts(vf shifted, vf f) {
   vf p = f * 1.54697320e-4f + 1.34004322e-3f;
   p = p * f + 9.6180256e-3f;
   p = p * f + 5.55032721e-2f;
   p = p * f + 2.40226512e-1f;
   p = p * f + 6.93147207e-1f;
   p = p * f + 1.f;
-  const vf r = (vf)((vi)p + ((vi)shifted << 23));
+  return (vf)((vu)p + ((vu)shifted << 23));
+}
+
+constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+
+// 2^x for x <= 127 (junk above); about 1e-38 below -126 and for -inf; NaN stays NaN.
+VLM_INLINE vf exp2(vf x) {
+  const vf y = x < -126.f ? broadcast(-126.f) : x;
+  const vf shifted = y + kRoundMagic;
+  const vf r = exp2_parts(shifted, y - (shifted - kRoundMagic));
+  return x == x ? r : x;
+}
+
+// e^x likewise, for x <= 0: log2(e) in two parts, so that the error does not grow with |x|.
+VLM_INLINE vf exp(vf x) {
+  const vf y = x < -87.f ? broadcast(-87.f) : x;
+  const vf shifted = y * kLog2e + kRoundMagic;
+  vf f = y * kLog2e - (shifted - kRoundMagic);
+  f = y * 1.925963033500e-8f + f;
+  const vf r = exp2_parts(shifted, f);
   return x == x ? r : x;
 }
 

@@ -28,7 +28,7 @@ enum Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
 enum Need : int64_t { kNeedImage = 1, kNeedText = 2, kNeedScale = 4, kNeedBias = 8 };
 enum StatsRow { kMax, kSum_, kPositive, kKept, kEntropy, kBestPositive, kBestNegative };
 constexpr int64_t kLossStats = 4, kMetricStats = 7;
-constexpr int64_t kMetrics = 8;
+constexpr int64_t kMetrics = 10;
 constexpr int64_t kMinScratch = 1 << 20;
 
 // Every argument that both losses share, in the order of the schemas.
@@ -317,7 +317,8 @@ double row_loss(const Side& side, const SoftmaxStats& s, float scale, double smo
   return side.weight[i] * (std::log(static_cast<double>(s.sum[i])) - std::fabs(scale) * target);
 }
 
-// The eight detached metrics, in the order of ops/contrastive.py; logit means without the bias.
+// The detached metrics, in the order of ops/contrastive.py. Logit means come without the bias, and
+// the last two say whether there were positives and negatives at all.
 void write_metrics(const Sides& sides, const SoftmaxStats& row, const SoftmaxStats& col,
                    float scale, float* out) {
   const double magnitude = std::fabs(scale);
@@ -350,6 +351,8 @@ void write_metrics(const Sides& sides, const SoftmaxStats& row, const SoftmaxSta
   out[3] = static_cast<float>(negatives > 0.0 ? magnitude * (kept - positive) / negatives : 0.0);
   out[6] = std::exp(out[4]);
   out[7] = std::exp(out[5]);
+  out[8] = positives > 0.0;
+  out[9] = negatives > 0.0;
 }
 
 at::TensorOptions f32(const Tensor& like) { return like.options().dtype(at::kFloat); }
@@ -366,7 +369,7 @@ int64_t kept_rows(int64_t n) {
   return (n + kKeptRowMultiple - 1) / kKeptRowMultiple * kKeptRowMultiple;
 }
 
-// -> loss () or (N + M,), stats (4 | 7, N + M), kept (panels, N padded, 64), metrics (8,) or (0,).
+// -> loss () or (N + M,), stats (4 | 7, N + M), kept (panels, N padded, 64), metrics (10,) or (0,).
 std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
     const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
     const OptionalTensor& image_ids, const OptionalTensor& text_ids, const OptionalTensor& labels,
@@ -656,7 +659,7 @@ void run_sigmoid(const Call& call, const float* row_grad, float* row_loss, const
 
 // -> loss () or (N,), and for "mean" and "sum" where needed the gradients of the pair sum with
 // respect to the similarity: of image (N, D), of text (M, D), and of scale and bias (2,) fp64;
-// metrics (8,) or (0,).
+// metrics (10,) or (0,).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd(
     const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
     const OptionalTensor& logit_bias, double bias, const OptionalTensor& image_ids,
@@ -680,7 +683,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd(
   const Tensor measured = at::empty({metrics ? kMetrics : 0}, options);
   if (call.empty()) {
     for (const Tensor* x : {&loss, &grad_image, &grad_text, &sums, &measured}) x->zero_();
-    if (metrics) measured.slice(0, 6).fill_(1.0);
+    if (metrics) measured.slice(0, 6, 8).fill_(1.0);  // the perplexities of nothing
     return {loss, grad_image, grad_text, sums, measured};
   }
   std::vector<float> rows;

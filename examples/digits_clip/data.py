@@ -83,6 +83,8 @@ def batches(
     images: Tensor, labels: Tensor, tokenizer: Tokenizer, *, steps: int, batch: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields `steps` pairs: images (batch, 1, 16, 16) and, for each, the tokens of one caption."""
+    if batch > len(images):
+        raise ValueError(f"a batch of {batch} does not fit: there are {len(images)} images")
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.stack([tokenizer(captions_of(digit)) for digit in range(10)])  # (10, C, L)
     for _ in range(steps):

@@ -57,7 +57,7 @@ def draw(plain: Training, ours: Training, images: Tensor, labels: Tensor, path: 
     """Digits and similarities of `ours`, both loss curves, and the cost at a large batch."""
     figure = plt.figure(figsize=(16, 10), layout="constrained")
     panels = figure.subfigures(
-        2, 2, width_ratios=[1.5, 1], height_ratios=[1.1, 1], wspace=0.03, hspace=0.04
+        2, 2, squeeze=False, width_ratios=[1.5, 1], height_ratios=[1.1, 1], wspace=0.03, hspace=0.04
     )
     _draw_digits(panels[0, 0], ours.predictions, images, labels)
     _draw_similarity(panels[0, 1], ours.similarity, labels)

@@ -127,7 +127,7 @@ def siglip_by_definition(z: list, m: int, keywords: dict[str, Any]) -> Any:
 BY_DEFINITION = {"clip_loss": clip_by_definition, "siglip_loss": siglip_by_definition}
 
 
-@pytest.mark.parametrize("shape", [(6, 6), (7, 4), (4, 7), (1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize("shape", [(6, 6), (7, 4), (3, 5), (1, 1)])
 @ops
 def test_reference_is_the_definition(op: str, shape: tuple[int, int]) -> None:
     for variant in spec.all_variants(op):
@@ -160,7 +160,8 @@ def test_reference_is_the_formula_of_open_clip(op: str) -> None:
 
 @ops
 def test_reference_gradients_are_those_of_the_loss(op: str) -> None:
-    for variant in [v for v in spec.all_variants(op) if v.reduction == "none"]:
+    variants = [v for v in spec.all_variants(op) if v.reduction == "none" and v.weights == "both"]
+    for variant in variants:
         case = Case(5, 4, 3, torch.float64, variant, scale=2.0, bias=-0.5)
         leaves = case.inputs().map(lambda t: t.double().requires_grad_())
 
@@ -175,17 +176,30 @@ def test_reference_gradients_are_those_of_the_loss(op: str) -> None:
 # --- accuracy ---
 
 
-@backends
+# With the default workspace the similarity is kept for the backward, with the smallest it is not.
+either_way = pytest.mark.parametrize(
+    ("backend", "workspace_mb"),
+    [
+        ("reference", None),
+        pytest.param("cpu", None, marks=needs_cpu),
+        pytest.param("cpu", 1, marks=needs_cpu),
+    ],
+)
+
+
+@either_way
 @pytest.mark.parametrize("case", [c for op in spec.OPS for c in spec.cases(op, full=True)], ids=str)
-def test_accuracy(case: Case, backend: str) -> None:
-    spec.check(case, function(case.op, backend))
+def test_accuracy(case: Case, backend: str, workspace_mb: int | None) -> None:
+    spec.check(case, function(case.op, backend, workspace_mb=workspace_mb))
 
 
-@backends
+@either_way
 @pytest.mark.parametrize("variant", [v for op in spec.OPS for v in spec.all_variants(op)], ids=str)
-def test_every_combination_of_keywords(variant: Variant, backend: str) -> None:
+def test_every_combination_of_keywords(
+    variant: Variant, backend: str, workspace_mb: int | None
+) -> None:
     case = Case(37, 41, 24, torch.float32, variant, 30.0, -1.0)
-    spec.check(case, function(case.op, backend))
+    spec.check(case, function(case.op, backend, workspace_mb=workspace_mb))
 
 
 @backends
@@ -200,13 +214,14 @@ def test_hard_data(data: str, scale: float, op: str, dtype: torch.dtype, backend
 
 
 @backends
-@pytest.mark.parametrize("bias", [-4.0, -8.0, -14.0, -16.0, -17.0, -20.0, -40.0, -80.0, 80.0])
+@pytest.mark.parametrize("bias", [-4.0, -8.0, -14.0, -16.0, -17.0, -20.0, -40.0, 40.0])
 @dtypes
 def test_sigmoid_loss_of_easy_pairs(bias: float, dtype: torch.dtype, backend: str) -> None:
-    """log(1 + e) is 6 % off at -16 and 0 below -17."""
-    variant = Variant("siglip_loss", "no_positive" if bias < 0 else "one_id", reduction="none")
+    """log(1 + e) is 6 % off at -16 and 0 below -17; and what a GradScaler sends back must find
+    gradients that have not been flushed to 0 on the way."""
+    variant = Variant("siglip_loss", "no_positive" if bias < 0 else "one_id")
     case = Case(33, 40, 16, dtype, variant, 2.0, bias)
-    spec.check(case, function("siglip_loss", backend))
+    spec.check(case, function("siglip_loss", backend), grad=2.0**16)
 
 
 @backends
@@ -623,6 +638,7 @@ def test_calls_from_several_threads(case: Case) -> None:
         same(results, wanted[k % 4])
 
 
+@backends
 @telling
 @pytest.mark.parametrize("workspace_mb", [1, 3, 1024])
 def test_workspace_does_not_change_the_accuracy(
@@ -885,7 +901,7 @@ def test_non_contiguous_ids_and_weights(op: str, backend: str) -> None:
     strided |= {k: torch.stack([v, -v], 1)[:, 0] for k, v in keywords.items() if k.endswith("ids")}
     strided["weights"] = tuple(torch.stack([w, -w], 1)[:, 0] for w in keywords["weights"])
     fn = function(op, backend)
-    same(spec.evaluate(fn, case.inputs(), keywords), spec.evaluate(fn, case.inputs(), strided))
+    spec.check(case, lambda *args, **_: fn(*args, **strided))
 
 
 @backends

@@ -97,6 +97,8 @@ def calls(
 )
 def test_opcheck(variant: Variant, wanted: tuple[str, ...]) -> None:
     recorded = calls(variant, wanted, torch.float32)
+    # Without room to keep anything, other ops may run.
+    recorded += calls(variant, wanted, torch.float32, workspace_mb=1)
     names = {func._schema.name for func, _ in recorded}
     assert any(name.endswith("_fwd") for name in names)
     assert any(name.endswith("_bwd") for name in names) == bool(wanted)
@@ -114,7 +116,8 @@ def test_opcheck_sees_each_op() -> None:
     recorded = {
         func._schema.name
         for variant in VARIANTS
-        for func, _ in calls(variant, spec.Inputs._fields, torch.float32)
+        for workspace_mb in (None, 1)
+        for func, _ in calls(variant, spec.Inputs._fields, torch.float32, workspace_mb=workspace_mb)
     }
     assert recorded == registered
 
@@ -134,7 +137,8 @@ def test_profiler_sees_the_ops(op: str) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function(op, "cpu")(x.requires_grad_(), y, scale).backward()
     names = {event.key for event in profile.key_averages()}
-    assert {f"vlm_kernels::{op}_fwd", f"vlm_kernels::{op}_bwd"} <= names
+    assert f"vlm_kernels::{op}_fwd" in names
+    assert any("LossFnBackward" in name for name in names)
 
 
 @needs_cpu

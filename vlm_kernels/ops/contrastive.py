@@ -423,7 +423,7 @@ def _kept_panels(image: Tensor, text: Tensor, workspace_mb: int) -> Any:
     if image.dim() != 2 or text.dim() != 2:
         return 0  # an error that the op itself names
     rows = (image.shape[0] + 127) // 128 * 128
-    reserve = 16384 * image.shape[1] + (6 << 20)  # bytes of a block's operands
+    reserve = 12288 * image.shape[1] + (4 << 20)  # bytes of a block's operands
     free = max(0, (workspace_mb << 20) - reserve)
     fit = free // (rows * 256 + 1) // 4 * 4  # whole tiles of 4 panels, or everything
     panels = (text.shape[0] + 63) // 64
@@ -455,6 +455,7 @@ def _choose(op: str, image: Tensor, text: Tensor, reduction: str, backend: str) 
         and (backend == "cpu" or (backend == "auto" and "VLM_BACKEND" not in os.environ))
         and image.dtype in _DTYPES
         and image.device.type == "cpu"
+        and text.device.type == "cpu"
     ):
         return "cpu"
     chosen = _backends.select(op, backend, image, text)
@@ -492,19 +493,20 @@ def _weights(op: str, weights: Weights | None) -> Weights:
         return None, None
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         raise ValueError(
-            f"{op}: weights is {type(weights).__name__}, expected a pair (row (N,) or None, "
+            f"{op}: weights is {weights!r:.80}, expected a pair (row (N,) or None, "
             "column (M,) or None)"
         )
     return weights[0], weights[1]
 
 
 def _metrics(values: Tensor, bias: Scalar | None) -> dict[str, Tensor]:
-    metrics = dict(zip(_METRICS, values.unbind(), strict=True))
+    *metrics, any_positive, any_negative = values.unbind()
+    named = dict(zip(_METRICS, metrics, strict=True))
     if bias is not None:
         offset = bias.detach().float().reshape(()) if isinstance(bias, Tensor) else bias
-        for name in ("positive_logit", "negative_logit"):
-            metrics[name] = metrics[name] + offset
-    return metrics
+        named["positive_logit"] = named["positive_logit"] + offset * any_positive
+        named["negative_logit"] = named["negative_logit"] + offset * any_negative
+    return named
 
 
 def _check_reference(
@@ -620,7 +622,7 @@ def _register_fakes() -> None:
             loss,
             _empty(image, 7 if metrics else 4, n + m, dtype=f32),
             _empty(image, panels, rows, 64, dtype=f32),
-            _empty(image, len(_METRICS) if metrics else 0, dtype=f32),
+            _empty(image, len(_METRICS) + 2 if metrics else 0, dtype=f32),
         )
 
     @torch.library.register_fake("vlm_kernels::clip_loss_bwd")
@@ -666,7 +668,7 @@ def _register_fakes() -> None:
             _grad_of(image, now & _NEED_IMAGE),
             _grad_of(text, now & _NEED_TEXT),
             _empty(image, 2 if now else 0, dtype=torch.float64),
-            _empty(image, len(_METRICS) if metrics else 0, dtype=torch.float32),
+            _empty(image, len(_METRICS) + 2 if metrics else 0, dtype=torch.float32),
         )
 
     @torch.library.register_fake("vlm_kernels::siglip_loss_bwd")

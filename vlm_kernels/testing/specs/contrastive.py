@@ -316,26 +316,65 @@ def evaluate(
     }
 
 
-def terms(case: Case) -> dict[str, float]:
+class _Similarity(torch.autograd.Function):
+    """image @ text.T in fp32, as its three products are on 16-bit hardware: all operands in 16
+    bits, the gradient too, all sums in fp32. The gradient is scaled so that it fits into fp16."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor) -> Tensor:
+        ctx.save_for_backward(image, text)
+        return image.float() @ text.float().T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        image, text = ctx.saved_tensors
+        largest = grad.abs().max().clamp(min=1e-30) if grad.numel() else 1.0
+        rounded = (grad / largest).to(image.dtype).float()
+        return (
+            (rounded @ text.float() * largest).to(image.dtype),
+            (rounded.T @ image.float() * largest).to(text.dtype),
+        )
+
+
+def eager_loss(op: str) -> Callable[..., Any]:
+    """The formula of the op in eager PyTorch, at the dtype of the features."""
+    function = getattr(reference, op)
+
+    def loss(image: Tensor, text: Tensor, *args: Any, **keywords: Any) -> Any:
+        if image.dtype not in (torch.bfloat16, torch.float16):
+            return function(image, text, *args, **keywords)
+        # Times the identity, which is exact, because the reference takes features only.
+        return function(_Similarity.apply(image, text), torch.eye(len(text)), *args, **keywords)
+
+    return loss
+
+
+def _terms(case: Case, exact: dict[str, Tensor]) -> dict[str, float]:
     """For each result of `evaluate`, about the norm of the terms that cancel into it.
 
-    InfoNCE is the difference of a log-sum-exp and a logit, its gradients those of a softmax and a
-    target: they keep an error of an ulp of these even where they vanish. The terms of the sigmoid
-    loss do not cancel, but what a pair adds may be flushed where it is no normal number of fp32.
+    A logit is a sum of D products as large as the scale. InfoNCE is the difference of a log-sum-exp
+    and a logit, its gradients those of a softmax and a target: they keep an error of an ulp of
+    these even where they vanish. Nothing of that kind cancels in the sigmoid loss, whose pairs pass
+    on less than their loss of an error of the logit; but what a pair adds may be flushed where it
+    is no normal number of fp32.
     """
     rows, scale = max(case.n, case.m, 1), abs(case.scale)
+    logit = scale + abs(case.bias or 0.0)
     # L1 and L2 norms of the gradient of the losses of single rows.
     one, two = 1.0, 1 / math.sqrt(max(min(case.n, case.m), 1))
     if case.variant.reduction != "mean":
         one, two = float(rows), math.sqrt(rows)
-    logit = scale + abs(case.bias or 0.0)
     if case.op == "siglip_loss":
         pair = rows * torch.finfo(torch.float32).tiny / ULP
-        one, two, logit = one * pair, two * pair, 1.0
+        one, two = one * pair, two * pair
+        loss = logit * torch.linalg.vector_norm(exact["loss"]).item() + one
+        side = 0.0
+    else:
+        loss, side = one * logit, math.sqrt(rows) * logit
     return {
-        "loss": one * logit,
-        "row": math.sqrt(rows) * logit,
-        "column": math.sqrt(rows) * logit,
+        "loss": loss,
+        "row": side,
+        "column": side,
         "image_features.grad": two * scale,
         "text_features.grad": two * scale,
         "logit_scale.grad": one,
@@ -343,34 +382,39 @@ def terms(case: Case) -> dict[str, float]:
     }
 
 
+class Truth(NamedTuple):
+    exact: Tensor  # fp64
+    eager: float  # error of `eager_loss`
+    terms: float  # see `relative_error`
+
+
 @lru_cache(maxsize=64)
-def truth(case: Case, seed: int = 0, grad: float = 1.0) -> dict[str, tuple[Tensor, float]]:
-    """What `evaluate` should give, in fp64, and the error of the reference at the case's dtype."""
-    function, size = getattr(reference, case.op), terms(case)
+def truth(case: Case, seed: int = 0, grad: float = 1.0) -> dict[str, Truth]:
+    """What each result of `evaluate` should be."""
     inputs, keywords = case.inputs(seed), case.keywords(seed)
     threads = torch.get_num_threads()
     # So that the limit is the same on every machine, and found fast on a busy one.
     torch.set_num_threads(1)
     try:
-        exact = evaluate(function, inputs.to(torch.float64), keywords, grad)
-        eager = evaluate(function, inputs, keywords, grad)
+        exact = evaluate(getattr(reference, case.op), inputs.to(torch.float64), keywords, grad)
+        eager = evaluate(eager_loss(case.op), inputs, keywords, grad)
     finally:
         torch.set_num_threads(threads)
+    terms = _terms(case, exact)
     return {
-        name: (value, relative_error(eager[name], value, size[name]))
+        name: Truth(value, relative_error(eager[name], value, terms[name]), terms[name])
         for name, value in exact.items()
     }
 
 
 def check_result(case: Case, name: str, ours: Tensor, grad: float = 1.0) -> None:
     """Holds one result of `evaluate`, for the inputs of seed 0, to the rule of accuracy."""
-    kind, label = "bwd" if name.endswith(".grad") else "fwd", f"{case}: {name}"
-    exact, eager = truth(case, 0, grad)[name]
-    size = terms(case)[name]
-    if ours.numel() < SMALL and relative_error(ours, exact, size) > eager:
+    exact, eager, terms = truth(case, 0, grad)[name]
+    if ours.numel() < SMALL and relative_error(ours, exact, terms) > eager:
         # More seeds can only raise the limit, so most results need none.
-        eager = max(truth(case, seed, grad)[name][1] for seed in range(SEEDS))
-    assert_close(label, ours, eager, exact, kind, terms=size)
+        eager = max(truth(case, seed, grad)[name].eager for seed in range(SEEDS))
+    kind = "bwd" if name.endswith(".grad") else "fwd"
+    assert_close(f"{case}: {name}", ours, eager, exact, kind, terms=terms)
 
 
 def check(
