@@ -17,8 +17,8 @@
 namespace vlm::cpu::VLM_ISA {
 namespace {
 
-constexpr int64_t kRows = kKeptRowMultiple;  // rows of a tile
-constexpr int64_t kTilePanels = 4;           // panels an epilogue sees at once
+constexpr int64_t kRows = 128;      // rows of a tile
+constexpr int64_t kTilePanels = 4;  // panels an epilogue sees at once
 constexpr int64_t kTileCols = kTilePanels * kPanel;
 constexpr int64_t kDepth = 1024;  // rows summed by one multiply of dY^T
 constexpr int64_t kSplit = 256;   // columns of X one unit of dY^T takes
@@ -507,7 +507,7 @@ struct Scratch {
   uint32_t* grad_panels;  // G as B operand of dY^T: [panel][bm][64]
   float* text_grad;       // dY^T of the block: [panel][D][64]
   float* image_grad;      // dX (N, D) of 16-bit inputs
-  float* columns;         // S of whole columns: [panel][N padded][64]
+  float* columns;         // S of whole columns: [panel][N][64]
   float* partial;         // statistics: (bm / 128, kFields + 2, bn)
   float* row_vectors;     // up to 3 x N
   float* col_vectors;     // up to 4 x M padded
@@ -543,7 +543,7 @@ int64_t carve(const Plan& p, int threads, char* base, Scratch<T>* out) {
     s.grad_panels = arena.take<uint32_t>(panels * p.bm / kPerWord<T> * kPanel);
     s.text_grad = arena.take<float>(panels * p.d * kPanel);
   }
-  if (p.pass.whole_columns) s.columns = arena.take<float>(panels * round_up(p.n, kRows) * kPanel);
+  if (p.pass.whole_columns) s.columns = arena.take<float>(panels * p.n * kPanel);
   s.partial = arena.take<float>(p.bm / kRows * (kFields + 2) * p.bn);
   s.row_vectors = arena.take<float>(3 * p.n);
   s.col_vectors = arena.take<float>(4 * round_up(p.m, kPanel));
@@ -787,7 +787,7 @@ class Blocks {
     const int64_t panel = j0 / kPanel + p;
     const bool held = kept.data && panel + count <= kept.first + kept.panels;
     if (held) {
-      stride = round_up(plan_.n, kRows) * kPanel;
+      stride = plan_.n * kPanel;
       s = kept.data + (panel - kept.first) * stride + row.row * kPanel;
     }
     if (!held || fill) {

@@ -27,7 +27,7 @@ enum Direction : int64_t { kImageToText = 1, kTextToImage = 2 };
 enum Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
 enum Need : int64_t { kNeedImage = 1, kNeedText = 2, kNeedScale = 4, kNeedBias = 8 };
 enum StatsRow { kMax, kSum_, kPositive, kKept, kEntropy, kBestPositive, kBestNegative };
-constexpr int64_t kLossStats = 4, kMetricStats = 7;
+constexpr int64_t kLossStats = 3, kSmoothStats = 4, kMetricStats = 7;
 constexpr int64_t kMetrics = 10;
 constexpr int64_t kMinScratch = 1 << 20;
 
@@ -285,8 +285,9 @@ double total_weight(const Side& side) {
   return total;
 }
 
-KeptSimilarity kept_similarity(const Tensor& kept) {
-  return {kept.size(0) > 0 ? kept.mutable_data_ptr<float>() : nullptr, kept.size(0)};
+KeptSimilarity kept_similarity(const Tensor& kept, int64_t n) {
+  const int64_t panels = kept.numel() / (n * kKeptPanelColumns);
+  return {panels > 0 ? kept.mutable_data_ptr<float>() : nullptr, panels};
 }
 
 SoftmaxStats stats_view(const Tensor& stats, const Side& side, bool smoothing) {
@@ -303,6 +304,12 @@ SoftmaxStats stats_view(const Tensor& stats, const Side& side, bool smoothing) {
   s.best_positive = at(kBestPositive);
   s.best_negative = at(kBestNegative);
   return s;
+}
+
+// The statistics that a direction nobody asked for leaves unwritten.
+void clear_inactive(const Tensor& stats, const Sides& sides, bool metrics) {
+  const Side& side = sides.row.active ? sides.col : sides.row;
+  if (!metrics) stats.narrow(0, kMax, 2).narrow(1, side.offset, side.length).zero_();
 }
 
 // The weighted loss of row i: log-sum-exp minus the target's mean logit, both above the maximum.
@@ -365,11 +372,7 @@ void clip_check(const Args& a, double label_smoothing, int64_t directions, int64
   check_choice(a.op, "reduction", reduction, kNone);
 }
 
-int64_t kept_rows(int64_t n) {
-  return (n + kKeptRowMultiple - 1) / kKeptRowMultiple * kKeptRowMultiple;
-}
-
-// -> loss () or (N + M,), stats (4 | 7, N + M), kept (panels, N padded, 64), metrics (10,) or (0,).
+// -> loss () or (N + M,), stats (3 | 4 | 7, N + M), kept (panels * N * 64,), metrics (10,) or (0,).
 std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
     const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
     const OptionalTensor& image_ids, const OptionalTensor& text_ids, const OptionalTensor& labels,
@@ -388,13 +391,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
   Call call(args);
 
   const auto options = f32(image);
+  const bool smoothing = label_smoothing > 0.0;
   const Tensor loss = reduction == kNone ? at::empty({n + m}, options) : at::empty({}, options);
-  const Tensor stats = at::empty({metrics ? kMetricStats : kLossStats, n + m}, options);
-  const Tensor kept = take_workspace({kept_panels, kept_rows(n), kKeptPanelColumns}, at::kFloat);
+  const Tensor stats = at::empty({metrics     ? kMetricStats
+                                  : smoothing ? kSmoothStats
+                                              : kLossStats,
+                                  n + m},
+                                 options);
+  const Tensor kept = take_workspace({kept_panels * n * kKeptPanelColumns}, at::kFloat);
   const Tensor measured = at::empty({metrics ? kMetrics : 0}, options);
 
   const Sides sides(call, directions);
-  const bool smoothing = label_smoothing > 0.0;
   const SoftmaxStats row = stats_view(stats, sides.row, smoothing);
   const SoftmaxStats col = stats_view(stats, sides.col, smoothing);
   if (call.empty()) {
@@ -404,7 +411,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
     call.in.scratch_budget =
         std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()), kMinScratch);
     const Tensor scratch = call.scratch({});
-    cpu::clip_stats(call.in, row, col, kept_similarity(kept), scratch.mutable_data_ptr());
+    cpu::clip_stats(call.in, row, col, kept_similarity(kept, n), scratch.mutable_data_ptr());
+    if (!sides.row.active || !sides.col.active) clear_inactive(stats, sides, metrics);
     float* out = loss.mutable_data_ptr<float>();
     double result = 0.0;
     for (const Side* side : {&sides.row, &sides.col}) {
@@ -482,12 +490,14 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_bwd(
   const int64_t n = args.n(), m = args.m();
   TORCH_CHECK_VALUE(grad.numel() == (reduction == kNone ? n + m : 1),
                     "clip_loss backward: the gradient has shape ", grad.sizes());
-  TORCH_CHECK_VALUE(stats.dim() == 2 && stats.size(0) >= kLossStats && stats.size(1) == n + m &&
-                        stats.scalar_type() == at::kFloat && stats.is_contiguous(),
-                    "clip_loss backward: stats do not belong to these features");
-  TORCH_CHECK_VALUE(kept.dim() == 3 && kept.size(1) == kept_rows(n) &&
-                        kept.size(2) == kKeptPanelColumns && kept.is_contiguous() &&
-                        (kept.size(0) - 1) * kKeptPanelColumns < m,
+  TORCH_CHECK_VALUE(
+      stats.dim() == 2 && stats.size(0) >= (label_smoothing > 0.0 ? kSmoothStats : kLossStats) &&
+          stats.size(1) == n + m && stats.scalar_type() == at::kFloat && stats.is_contiguous(),
+      "clip_loss backward: stats do not belong to these features");
+  const int64_t panel = n * kKeptPanelColumns;
+  TORCH_CHECK_VALUE(kept.dim() == 1 && kept.is_contiguous() && kept.scalar_type() == at::kFloat &&
+                        (panel == 0 || kept.numel() % panel == 0) &&
+                        kept.numel() <= n * (m + kKeptPanelColumns - 1),
                     "clip_loss backward: the kept similarity does not belong to these features");
   Call call(args);
 
@@ -512,7 +522,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_bwd(
   double similarity = 0.0;
   const ContrastiveGrads out{output(grad_image), output(grad_text), &similarity, nullptr};
   const Tensor scratch = call.scratch(grad_pass(out));
-  cpu::clip_grads(call.in, row.view, col.view, kept_similarity(kept), out,
+  cpu::clip_grads(call.in, row.view, col.view, kept_similarity(kept, n), out,
                   scratch.mutable_data_ptr());
   if (call.in.scale == 0.f) {
     grad_image.mul_(0.0);
@@ -567,7 +577,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_one_way_fwd(
     std::swap(out.image, out.text);
   }
   const bool smoothing = label_smoothing > 0.0;
-  const Tensor stats = at::empty({kLossStats, side.length}, f32(image));
+  const Tensor stats = at::empty({kSmoothStats, side.length}, f32(image));
   SoftmaxStats s;
   float* values = stats.mutable_data_ptr<float>();
   s.max = values + kMax * side.length;

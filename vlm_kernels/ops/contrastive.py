@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import _backends
@@ -92,6 +93,8 @@ def clip_loss(
     """
     if directions not in _DIRECTIONS:
         raise ValueError(_unknown("clip_loss", "directions", directions, _DIRECTIONS))
+    if torch.is_autocast_enabled("cpu"):
+        image_features, text_features = _autocast(image_features, text_features)
     chosen = _choose("clip_loss", image_features, text_features, reduction, backend)
     if chosen == "reference":
         _check_reference(
@@ -126,8 +129,6 @@ def clip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    if torch.is_autocast_enabled("cpu"):
-        image_features, text_features = _autocast(image_features, text_features)
     scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale)
     row_weight, column_weight = _weights("clip_loss", weights)
     workspace_mb = _WORKSPACE_MB if workspace_mb is None else workspace_mb
@@ -165,6 +166,8 @@ def clip_loss(
         if return_metrics:
             loss, metrics = loss
     else:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents("clip_loss", image_features, text_features, scale)
         loss, _, _, metrics = _ops().clip_loss_fwd(
             image_features, text_features, scale, scale_value, *tensors, *options, 0, return_metrics
         )
@@ -206,6 +209,8 @@ def siglip_loss(
     Raises:
         As `clip_loss`.
     """
+    if torch.is_autocast_enabled("cpu"):
+        image_features, text_features = _autocast(image_features, text_features)
     chosen = _choose("siglip_loss", image_features, text_features, reduction, backend)
     if chosen == "reference":
         _check_reference(
@@ -234,8 +239,6 @@ def siglip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    if torch.is_autocast_enabled("cpu"):
-        image_features, text_features = _autocast(image_features, text_features)
     scale, scale_value = _scalar("siglip_loss", "logit_scale", logit_scale)
     bias, bias_value = (
         (None, 0.0) if logit_bias is None else _scalar("siglip_loss", "logit_bias", logit_bias)
@@ -264,6 +267,8 @@ def siglip_loss(
         if return_metrics:
             loss, metrics = loss
     else:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents("siglip_loss", image_features, text_features, scale, bias)
         loss, _, _, _, metrics = _ops().siglip_loss_fwd(
             image_features,
             text_features,
@@ -351,7 +356,9 @@ class _ClipOneWayFn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         scale, bias, *formed = ctx.saved_tensors
-        run = _C.clip_loss_one_way_bwd if _graph_is_kept() else _C.clip_loss_one_way_bwd_in_place
+        run = (
+            _C.clip_loss_one_way_bwd_in_place if _may_overwrite(grad) else _C.clip_loss_one_way_bwd
+        )
         grads = run(grad, scale, ctx.value, *formed, ctx.needs)
         bits = (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE)
         needed = (g if ctx.needs & bit else None for g, bit in zip(grads, bits, strict=True))
@@ -386,10 +393,7 @@ class _SiglipLossFn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         image, text, scale, bias, *formed = ctx.saved_tensors
         tensors, (scale_value, bias_value, needs, _metrics), options = ctx.call
-        if torch.compiler.is_compiling() or _graph_is_kept():
-            run = _ops().siglip_loss_bwd
-        else:
-            run = _C.siglip_loss_bwd_in_place
+        run = _C.siglip_loss_bwd_in_place if _may_overwrite(grad) else _ops().siglip_loss_bwd
         grads = run(
             grad,
             image,
@@ -413,19 +417,33 @@ def _ops() -> Any:
     return torch.ops.vlm_kernels if torch.compiler.is_compiling() else _C
 
 
-def _graph_is_kept() -> bool:
-    """Whether the running backward may be followed by another one through the same graph."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """The ops would drop a tangent silently."""
+    for x in tensors:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative (jvp, jacfwd); use reverse mode, backward() "
+                "or torch.autograd.grad, or backend='reference'"
+            )
+
+
+def _may_overwrite(grad: Tensor) -> bool:
+    """Whether what this backward saved is its own to overwrite: eager, and no backward after it."""
+    return (
+        type(grad) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
 
 
 def _kept_panels(image: Tensor, text: Tensor, workspace_mb: int) -> Any:
     """How many panels of 64 columns of similarity the workspace holds for the backward."""
     if image.dim() != 2 or text.dim() != 2:
         return 0  # an error that the op itself names
-    rows = (image.shape[0] + 127) // 128 * 128
     reserve = 12288 * image.shape[1] + (4 << 20)  # bytes of a block's operands
     free = max(0, (workspace_mb << 20) - reserve)
-    fit = free // (rows * 256 + 1) // 4 * 4  # whole tiles of 4 panels, or everything
+    fit = free // (image.shape[0] * 256 + 1) // 4 * 4  # whole tiles of 4 panels, or everything
     panels = (text.shape[0] + 63) // 64
     return min(fit, panels) if isinstance(panels, int) else torch.sym_min(fit, panels)
 
@@ -475,9 +493,14 @@ def _warn_large(op: str, image: Tensor, text: Tensor) -> None:
         )
 
 
-def _autocast(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def _autocast(image: Any, text: Any) -> tuple[Any, Any]:
     dtype = torch.get_autocast_dtype("cpu")
-    return image.to(dtype), text.to(dtype)
+    # as torch's own autocast, it leaves fp64 alone
+    image, text = (
+        x.to(dtype) if isinstance(x, Tensor) and x.is_cpu and x.dtype in _DTYPES else x
+        for x in (image, text)
+    )
+    return image, text
 
 
 def _scalar(op: str, name: str, value: Scalar) -> tuple[Tensor | None, float]:
@@ -615,13 +638,13 @@ def _register_fakes() -> None:
     @torch.library.register_fake("vlm_kernels::clip_loss_fwd")
     def _(image: Tensor, text: Tensor, *args: Any) -> Any:
         n, m, (reduction, _, panels, metrics) = image.shape[0], text.shape[0], args[-4:]
-        rows = (n + 127) // 128 * 128
         f32 = torch.float32
+        stats = 7 if metrics else 4 if args[7] > 0 else 3
         loss = _empty(image, *((n + m,) if reduction == 2 else ()), dtype=f32)
         return (
             loss,
-            _empty(image, 7 if metrics else 4, n + m, dtype=f32),
-            _empty(image, panels, rows, 64, dtype=f32),
+            _empty(image, stats, n + m, dtype=f32),
+            _empty(image, panels * n * 64, dtype=f32),
             _empty(image, len(_METRICS) + 2 if metrics else 0, dtype=f32),
         )
 

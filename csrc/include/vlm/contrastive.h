@@ -45,8 +45,8 @@ struct SoftmaxGrad {
   const float* kept = nullptr;      // taken from each kept entry (label smoothing)
 };
 
-// Similarity panels kept between forward and backward: (panels, round_up(N, 128), 64) floats hold
-// the first `panels` groups of 64 columns.
+// Similarity panels kept between forward and backward: (panels, N, 64) floats hold the first
+// `panels` groups of 64 columns.
 struct KeptSimilarity {
   float* data = nullptr;
   int64_t panels = 0;
@@ -54,7 +54,6 @@ struct KeptSimilarity {
 };
 
 constexpr int64_t kKeptPanelColumns = 64;
-constexpr int64_t kKeptRowMultiple = 128;
 
 struct ContrastiveGrads {
   MutableMatrixRef image;        // (N, D) in the input dtype; data == nullptr: not needed
