@@ -6,6 +6,7 @@ SHELL := bash
 
 TORCH ?= torch==2.13.0
 ARGS ?=
+WORKERS ?= 2
 
 ifdef PYTHON
 PY := $(shell command -v $(PYTHON))
@@ -39,7 +40,7 @@ demo: build  ## train a small CLIP on handwritten digits
 	$(PY) examples/train_digits.py $(ARGS)
 
 test: build  ## run the tests
-	env -u OMP_NUM_THREADS $(PY) -m pytest -q $(ARGS)
+	env -u OMP_NUM_THREADS $(PY) -m pytest -q -n $(WORKERS) $(ARGS)
 
 bench: build  ## measure every op against its peers, and plot
 	$(PY) -m benchmarks run --peers all --plot $(ARGS)

@@ -20,9 +20,8 @@ namespace {
 constexpr int64_t kRows = 128;      // rows of a tile
 constexpr int64_t kTilePanels = 4;  // panels an epilogue sees at once
 constexpr int64_t kTileCols = kTilePanels * kPanel;
-constexpr int64_t kDepth = 1024;  // rows summed by one multiply of dY^T
-constexpr int64_t kSplit = 256;   // columns of X one unit of dY^T takes
-constexpr int64_t kPad = 32;      // keeps leading dimensions off multiples of a page
+constexpr int64_t kSplit = 256;  // columns of X one unit of dY^T takes
+constexpr int64_t kPad = 32;     // keeps leading dimensions off multiples of a page
 constexpr int64_t kMaxBlock = 8192;
 
 static_assert(kPanel == kKeptPanelColumns);
@@ -523,6 +522,7 @@ struct Scratch {
 struct Plan {
   int64_t n, m, d;
   int64_t bm, bn;
+  int64_t depth;     // rows that one multiply of dY^T sums
   int64_t image_ld;  // of converted image rows
   Pass pass;
   bool f32_out;
@@ -564,10 +564,10 @@ Plan make_plan(const ContrastiveInputs& in, Pass pass) {
   Plan p{};
   p.n = in.image.rows, p.m = in.text.rows, p.d = in.image.cols;
   p.pass = pass;
-  p.f32_out = in.dtype == DType::f32;
+  p.f32_out = in.dtype == DType::f32 || pass.f32_grads;
   p.image_ld = round_up(p.d, kLanes);
   const int64_t most_rows = round_up(p.n, kRows), most_cols = round_up(p.m, kTileCols);
-  // The block's columns, and its rows below kDepth, decide the order of sums: never the threads.
+  // The block's columns, and the rows summed at once decide the order of sums: never the threads.
   int64_t block = 2048 / sizeof(T);  // measured: 2 KiB of G a row; twice and half lose 3 to 10 %
   const auto bytes = [&](int64_t rows, int threads) {
     p.bn = min(block, most_cols);
@@ -576,6 +576,7 @@ Plan make_plan(const ContrastiveInputs& in, Pass pass) {
     return carve<T>(p, threads, nullptr, nullptr) - outputs;
   };
   while (block > kTileCols && bytes(block, 2) > budget) block /= 2;
+  p.depth = block;
   const int threads = num_threads();
   const int64_t wanted = pass.grads ? 2 * kRows * threads : kMaxBlock;
   int64_t rows = block;
@@ -833,10 +834,10 @@ class Blocks {
     parallel_for(panels * splits, [&](int64_t unit, int) {
       const int64_t p = unit / splits, first = unit % splits * kSplit;
       float* c = scratch_.text_grad + p * d * kPanel + first * kPanel;
-      for (int64_t k = 0; k < depth; k += kDepth) {
+      for (int64_t k = 0; k < depth; k += plan_.depth) {
         const T* a = scratch_.image_t + first * (plan_.bm + kPad) + k;
         const T* b = reinterpret_cast<const T*>(scratch_.grad_panels) + (p * plan_.bm + k) * kPanel;
-        gemm_({min(kSplit, d - first), kPanel, min(kDepth, depth - k), plan_.bm + kPad, kPanel,
+        gemm_({min(kSplit, d - first), kPanel, min(plan_.depth, depth - k), plan_.bm + kPad, kPanel,
                kPanel, i0 + k > 0},
               a, b, c);
       }
@@ -846,7 +847,7 @@ class Blocks {
     parallel_for(panels, [&](int64_t p, int) {
       const int64_t row = j0 + p * kPanel;
       unpack_transposed_panel(scratch_.text_grad + p * d * kPanel, min(kPanel, plan_.m - row), out,
-                              in_.dtype, row);
+                              plan_.f32_out ? DType::f32 : in_.dtype, row);
     });
   }
 
@@ -856,10 +857,6 @@ class Blocks {
   Masks masks_;
   Gemm gemm_;
 };
-
-Pass grad_pass(const ContrastiveGrads& out) {
-  return {true, out.image.data != nullptr, out.text.data != nullptr};
-}
 
 float magnitude(float x) { return x < 0.f ? -x : x; }
 
@@ -903,7 +900,7 @@ void clip_stats_as(const ContrastiveInputs& in, const SoftmaxStats& row, const S
 template <class T>
 void clip_grads_as(const ContrastiveInputs& in, const SoftmaxGrad& row, const SoftmaxGrad& col,
                    const KeptSimilarity& kept, const ContrastiveGrads& out, void* scratch) {
-  const Blocks<T> blocks(in, grad_pass(out), scratch);
+  const Blocks<T> blocks(in, out.pass(), scratch);
   const SoftmaxGrad padded = {blocks.col_vector(0, col.max), blocks.col_vector(1, col.softmax),
                               blocks.col_vector(2, col.positive), blocks.col_vector(3, col.kept)};
   const ClipEpilogue epilogue{blocks.masks(), row, padded, magnitude(in.scale) * kLog2e,
@@ -916,7 +913,7 @@ void clip_grads_as(const ContrastiveInputs& in, const SoftmaxGrad& row, const So
 template <class T>
 void clip_columns_as(const ContrastiveInputs& in, const SoftmaxStats& col,
                      const SoftmaxGrad& target, const ContrastiveGrads& out, void* scratch) {
-  Pass pass = grad_pass(out);
+  Pass pass = out.pass();
   pass.whole_columns = true;
   const Blocks<T> blocks(in, pass, scratch);
   SoftmaxStats row;
@@ -948,7 +945,7 @@ void sigmoid_loss_as(const ContrastiveInputs& in, const SigmoidTerms& terms,
                      const SoftmaxStats& row, const SoftmaxStats& col, const ContrastiveGrads& out,
                      void* scratch) {
   const bool grads = out.image.data || out.text.data || out.similarity || out.logit;
-  const Blocks<T> blocks(in, grads ? grad_pass(out) : Pass{}, scratch);
+  const Blocks<T> blocks(in, grads ? out.pass() : Pass{}, scratch);
   SigmoidEpilogue epilogue{blocks.masks(),
                            terms.row_weight,
                            blocks.col_vector(0, terms.col_weight),

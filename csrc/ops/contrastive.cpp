@@ -128,10 +128,6 @@ MutableMatrixRef output(const Tensor& x) {
                       : MutableMatrixRef{};
 }
 
-ContrastivePass grad_pass(const ContrastiveGrads& out) {
-  return {true, out.image.data != nullptr, out.text.data != nullptr};
-}
-
 // Which pairs are positives: the kernels' view (dense ids) and the counts of each row and column.
 class Pairs {
  public:
@@ -469,6 +465,14 @@ Tensor grad_like(const Tensor& x, bool needed) {
   return needed ? at::empty({x.size(0), x.size(1)}, x.options()) : at::empty({0}, x.options());
 }
 
+// Gradients formed in a forward have seen neither 1 / N nor the incoming gradient: in fp16 many
+// would flush to zero, so that they wait in fp32.
+Tensor formed_like(const Tensor& x, bool needed) {
+  const auto dtype = x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
+  return needed ? at::empty({x.size(0), x.size(1)}, x.options().dtype(dtype))
+                : at::empty({0}, x.options().dtype(dtype));
+}
+
 Tensor scalar_grad(const OptionalTensor& x, bool needed, const Tensor& features, double value) {
   if (!needed || !x) return at::empty({0}, f32(features));
   return at::empty_like(*x).fill_(value);
@@ -521,7 +525,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_bwd(
       std::max(call.in.scratch_budget - static_cast<int64_t>(kept.nbytes()), kMinScratch);
   double similarity = 0.0;
   const ContrastiveGrads out{output(grad_image), output(grad_text), &similarity, nullptr};
-  const Tensor scratch = call.scratch(grad_pass(out));
+  const Tensor scratch = call.scratch(out.pass());
   cpu::clip_grads(call.in, row.view, col.view, kept_similarity(kept, n), out,
                   scratch.mutable_data_ptr());
   if (call.in.scale == 0.f) {
@@ -559,8 +563,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_one_way_fwd(
   Call call(args);
 
   const Tensor loss = at::empty({}, f32(image));
-  const Tensor grad_image = grad_like(image, needs & kNeedImage);
-  const Tensor grad_text = grad_like(text, needs & kNeedText);
+  const Tensor grad_image = formed_like(image, needs & kNeedImage);
+  const Tensor grad_text = formed_like(text, needs & kNeedText);
   const Tensor sums = at::empty({2}, f32(image).dtype(at::kDouble));
   if (call.empty()) {
     for (const Tensor* x : {&loss, &grad_image, &grad_text, &sums}) x->zero_();
@@ -570,7 +574,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_one_way_fwd(
   const bool rows = directions == kImageToText;
   const Side& side = rows ? sides.row : sides.col;
   ContrastiveGrads out{output(grad_image), output(grad_text), sums.mutable_data_ptr<double>(),
-                       nullptr};
+                       nullptr, call.in.dtype == DType::f16};
   if (rows) {  // the kernel's softmax runs down columns
     std::swap(call.in.image, call.in.text);
     std::swap(call.in.image_ids, call.in.text_ids);
@@ -597,7 +601,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_one_way_fwd(
                                    static_cast<double>(side.pairs.kept(side.rows, i)));
     }
   }
-  ContrastivePass pass = grad_pass(out);
+  ContrastivePass pass = out.pass();
   pass.whole_columns = true;
   const Tensor scratch = call.scratch(pass);
   cpu::clip_columns(call.in, s,
@@ -663,7 +667,7 @@ void run_sigmoid(const Call& call, const float* row_grad, float* row_loss, const
     terms.row_weight = weight.data();
   }
   const bool grads = out.image.data || out.text.data || out.similarity || out.logit;
-  const Tensor scratch = call.scratch(grads ? grad_pass(out) : ContrastivePass{});
+  const Tensor scratch = call.scratch(grads ? out.pass() : ContrastivePass{});
   cpu::sigmoid_loss(call.in, terms, row, col, out, scratch.mutable_data_ptr());
 }
 
@@ -687,8 +691,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd(
   const auto options = f32(image);
   const Tensor loss = reduction == kNone ? at::empty({n}, options) : at::empty({}, options);
   const int64_t now = reduction == kNone ? 0 : needs;
-  const Tensor grad_image = grad_like(image, now & kNeedImage);
-  const Tensor grad_text = grad_like(text, now & kNeedText);
+  const Tensor grad_image = formed_like(image, now & kNeedImage);
+  const Tensor grad_text = formed_like(text, now & kNeedText);
   const Tensor sums = at::empty({now ? 2 : 0}, options.dtype(at::kDouble));
   const Tensor measured = at::empty({metrics ? kMetrics : 0}, options);
   if (call.empty()) {
@@ -702,7 +706,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd(
     rows.resize(n);
     row_loss = rows.data();
   }
-  ContrastiveGrads out{output(grad_image), output(grad_text), nullptr, nullptr};
+  ContrastiveGrads out{output(grad_image), output(grad_text), nullptr, nullptr,
+                       call.in.dtype == DType::f16};
   if (now) {
     out.similarity = sums.mutable_data_ptr<double>();
     out.logit = out.similarity + 1;
@@ -751,10 +756,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
     factor = 0.0;
     in_place = true;
   } else if (reduction == kNone) {
-    grad_image = grad_like(image, need_image);
-    grad_text = grad_like(text, need_text);
+    grad_image = formed_like(image, need_image);
+    grad_text = formed_like(text, need_text);
     run_sigmoid(call, grads.const_data_ptr<float>(), nullptr, {}, {},
-                {output(grad_image), output(grad_text), &by_similarity, &by_logit});
+                {output(grad_image), output(grad_text), &by_similarity, &by_logit,
+                 call.in.dtype == DType::f16});
     in_place = true;
   } else {
     TORCH_CHECK_VALUE(
@@ -768,8 +774,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
   }
   const double of_features = factor * call.in.scale;
   const double sign = call.in.scale < 0.f ? -1.0 : 1.0;
-  return {scaled(grad_image, of_features, need_image, in_place),
-          scaled(grad_text, of_features, need_text, in_place),
+  const auto dtype = image.scalar_type();
+  return {scaled(grad_image, of_features, need_image, in_place).to(dtype),
+          scaled(grad_text, of_features, need_text, in_place).to(dtype),
           scalar_grad(logit_scale, needs & kNeedScale, image, sign * by_similarity),
           scalar_grad(logit_bias, needs & kNeedBias, image, by_logit)};
 }

@@ -176,30 +176,28 @@ def test_reference_gradients_are_those_of_the_loss(op: str) -> None:
 # --- accuracy ---
 
 
-# With the default workspace the similarity is kept for the backward, with the smallest it is not.
-either_way = pytest.mark.parametrize(
-    ("backend", "workspace_mb"),
-    [
-        ("reference", None),
-        pytest.param("cpu", None, marks=needs_cpu),
-        pytest.param("cpu", 1, marks=needs_cpu),
-    ],
-)
-
-
-@either_way
+@needs_cpu
 @pytest.mark.parametrize("case", [c for op in spec.OPS for c in spec.cases(op, full=True)], ids=str)
-def test_accuracy(case: Case, backend: str, workspace_mb: int | None) -> None:
+def test_accuracy(case: Case) -> None:
+    spec.check(case, function(case.op, "cpu"))
+
+
+# The full grid is for the kernels; the others meet each length, each D and each keyword once.
+@pytest.mark.parametrize(
+    ("backend", "workspace_mb"), [("reference", None), pytest.param("cpu", 1, marks=needs_cpu)]
+)
+@pytest.mark.parametrize("case", [c for op in spec.OPS for c in spec.cases(op)], ids=str)
+def test_accuracy_covering(case: Case, backend: str, workspace_mb: int | None) -> None:
     spec.check(case, function(case.op, backend, workspace_mb=workspace_mb))
 
 
-@either_way
+@needs_cpu
 @pytest.mark.parametrize("variant", [v for op in spec.OPS for v in spec.all_variants(op)], ids=str)
-def test_every_combination_of_keywords(
-    variant: Variant, backend: str, workspace_mb: int | None
-) -> None:
+def test_every_combination_of_keywords(variant: Variant) -> None:
     case = Case(37, 41, 24, torch.float32, variant, 30.0, -1.0)
-    spec.check(case, function(case.op, backend, workspace_mb=workspace_mb))
+    # Without room to keep the similarity it is computed twice, or one direction in one pass.
+    for workspace_mb in (None, 1):
+        spec.check(case, function(case.op, "cpu", workspace_mb=workspace_mb))
 
 
 @backends
@@ -565,19 +563,28 @@ def test_repeat_is_bitwise_the_same(case: Case, backend: str) -> None:
         same(first, spec.evaluate(fn, case.inputs(), case.keywords()))
 
 
-@telling
 @needs_cpu
-def test_thread_count_does_not_matter(case: Case) -> None:
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 4):
-            torch.set_num_threads(count)
-            results.append(spec.evaluate(function(case.op, "cpu"), case.inputs(), case.keywords()))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        same(results[0], other)
+@pytest.mark.parametrize("shape", [(1025, 257), (300, 300), (700, 1100), (17, 1030)], ids=str)
+@ops
+@dtypes
+def test_thread_count_does_not_matter(
+    shape: tuple[int, int],
+    op: str,
+    dtype: torch.dtype,
+    isas: Callable[[], Iterator[str]],
+) -> None:
+    case = Case(*shape, 64, dtype, Variant(op), 50.0, -5.0)
+    for isa in isas():
+        for workspace_mb in (None, 1):
+            fn = function(op, "cpu", workspace_mb=workspace_mb)
+            results = []
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                results.append(spec.evaluate(fn, case.inputs(), {}))
+            for count, other in zip((2, 3, 4), results[1:]):
+                for name, value in results[0].items():
+                    where = f"{name}, {isa}, workspace_mb={workspace_mb}, {count} threads"
+                    assert torch.equal(value, other[name]), where
 
 
 @pytest.fixture
@@ -603,17 +610,6 @@ def isas() -> Iterator[Callable[[], Iterator[str]]]:
 def test_each_instruction_set(case: Case, isas: Callable[[], Iterator[str]]) -> None:
     for _ in isas():
         spec.check(case, function(case.op, "cpu"))
-
-
-@needs_cpu
-@telling
-def test_instruction_set_and_thread_count(case: Case, isas: Callable[[], Iterator[str]]) -> None:
-    for _ in isas():
-        results = []
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append(spec.evaluate(function(case.op, "cpu"), case.inputs(), case.keywords()))
-        same(*results)
 
 
 @needs_cpu

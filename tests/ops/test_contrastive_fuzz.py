@@ -1,6 +1,6 @@
 """Random shapes, strides, dtypes, values and keywords of clip_loss and siglip_loss against fp64.
 
-VLM_FUZZ_EXAMPLES sets the number of calls for each op, for a longer search or a slow sanitizer.
+FUZZ_EXAMPLES sets the number of calls for each op, for a longer search or a slow sanitizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlm_kernels.testing.specs.contrastive import Case, Variant
 needs_cpu = pytest.mark.skipif(
     importlib.util.find_spec("vlm_kernels._C") is None, reason="vlm_kernels._C is not built"
 )
-EXAMPLES = int(os.environ.get("VLM_FUZZ_EXAMPLES", "1500"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
 bounded = settings(
     max_examples=EXAMPLES,
     derandomize=True,

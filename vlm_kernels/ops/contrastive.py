@@ -349,7 +349,7 @@ class _ClipOneWayFn(torch.autograd.Function):
             image, text, scale, value, *tensors, *options, needs
         )
         ctx.save_for_backward(scale, bias, *formed)
-        ctx.value, ctx.needs = value, needs
+        ctx.value, ctx.needs, ctx.dtype = value, needs, image.dtype
         return loss
 
     @staticmethod
@@ -360,10 +360,13 @@ class _ClipOneWayFn(torch.autograd.Function):
             _C.clip_loss_one_way_bwd_in_place if _may_overwrite(grad) else _C.clip_loss_one_way_bwd
         )
         grads = run(grad, scale, ctx.value, *formed, ctx.needs)
-        bits = (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE)
-        needed = (g if ctx.needs & bit else None for g, bit in zip(grads, bits, strict=True))
-        bias_grad = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
-        return (*needed, bias_grad, None)
+        return (
+            grads[0].to(ctx.dtype) if ctx.needs & _NEED_IMAGE else None,
+            grads[1].to(ctx.dtype) if ctx.needs & _NEED_TEXT else None,
+            grads[2] if ctx.needs & _NEED_SCALE else None,
+            torch.zeros_like(bias) if ctx.needs_input_grad[3] else None,
+            None,
+        )
 
 
 class _SiglipLossFn(torch.autograd.Function):
@@ -505,19 +508,24 @@ def _autocast(image: Any, text: Any) -> tuple[Any, Any]:
 
 def _scalar(op: str, name: str, value: Scalar) -> tuple[Tensor | None, float]:
     if isinstance(value, Tensor):
+        if not value.is_cpu:
+            raise ValueError(
+                f"{op}: {name} is on {value.device} but the features are on cpu; move it there "
+                "with .to()"
+            )
         return value, 0.0
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a float or a tensor")
     return None, float(value)
 
 
-def _weights(op: str, weights: Weights | None) -> Weights:
+def _weights(op: str, weights: Any) -> Weights:
     if weights is None:
         return None, None
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         raise ValueError(
-            f"{op}: weights is {weights!r:.80}, expected a pair (row (N,) or None, "
-            "column (M,) or None)"
+            f"{op}: weights has type {type(weights).__name__} and length {len(weights) if hasattr(weights, '__len__') else 'none'}, expected a "
+            "pair (row (N,) or None, column (M,) or None)"
         )
     return weights[0], weights[1]
 
@@ -596,11 +604,19 @@ def _check_reference(
         if floating == integral or vector.dtype == torch.bool or vector.is_complex():
             kind = "integer" if integral else "floating-point"
             raise TypeError(f"{op}: {name} is {vector.dtype}, expected a {kind} tensor")
-    tensors = (text, image_ids, text_ids, labels, row, column)
-    for other in tensors:
-        if other is not None and other.device != image.device:
+    for name, other in (
+        ("text_features", text),
+        ("logit_scale", scale),
+        ("logit_bias", bias),
+        ("image_ids", image_ids),
+        ("text_ids", text_ids),
+        ("labels", labels),
+        ("weights[0]", row),
+        ("weights[1]", column),
+    ):
+        if isinstance(other, Tensor) and other.device != image.device:
             raise ValueError(
-                f"{op}: a tensor is on {other.device} but the features are on {image.device}; "
+                f"{op}: {name} is on {other.device} but the features are on {image.device}; "
                 "move it there with .to()"
             )
     if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -661,8 +677,8 @@ def _register_fakes() -> None:
     def _(image: Tensor, text: Tensor, *args: Any) -> Any:
         return (
             _empty(image, dtype=torch.float32),
-            _grad_of(image, args[-1] & _NEED_IMAGE),
-            _grad_of(text, args[-1] & _NEED_TEXT),
+            _formed(image, args[-1] & _NEED_IMAGE),
+            _formed(text, args[-1] & _NEED_TEXT),
             _empty(image, 2, dtype=torch.float64),
         )
 
@@ -688,8 +704,8 @@ def _register_fakes() -> None:
         now = 0 if reduction == 2 else needs
         return (
             _empty(image, *(image.shape[:1] if reduction == 2 else ()), dtype=torch.float32),
-            _grad_of(image, now & _NEED_IMAGE),
-            _grad_of(text, now & _NEED_TEXT),
+            _formed(image, now & _NEED_IMAGE),
+            _formed(text, now & _NEED_TEXT),
             _empty(image, 2 if now else 0, dtype=torch.float64),
             _empty(image, len(_METRICS) + 2 if metrics else 0, dtype=torch.float32),
         )
@@ -715,6 +731,11 @@ def _register_fakes() -> None:
 
 def _grad_of(x: Tensor, needed: int) -> Tensor:
     return _empty(x, *(x.shape if needed else (0,)))
+
+
+def _formed(x: Tensor, needed: int) -> Tensor:
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    return _empty(x, *(x.shape if needed else (0,)), dtype=dtype)
 
 
 def _scalar_grad_of(x: Tensor | None, needed: int, features: Tensor) -> Tensor:

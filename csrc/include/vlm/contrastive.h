@@ -55,25 +55,31 @@ struct KeptSimilarity {
 
 constexpr int64_t kKeptPanelColumns = 64;
 
+// What a pass forms; all false is a forward without gradients.
+struct ContrastivePass {
+  bool grads = false;          // G at all: of the scale and the bias
+  bool image = false;          // dLoss/dimage
+  bool text = false;           // dLoss/dtext
+  bool f32_grads = false;      // in fp32 whatever the inputs are
+  bool whole_columns = false;  // clip_columns
+};
+
 struct ContrastiveGrads {
-  MutableMatrixRef image;        // (N, D) in the input dtype; data == nullptr: not needed
+  MutableMatrixRef image;        // (N, D) in the input dtype, or fp32; data == nullptr: not needed
   MutableMatrixRef text;         // (M, D)
   double* similarity = nullptr;  // sum of G * S (one number): gives the gradient of the scale
   double* logit = nullptr;       // sum of G (one number): gives the gradient of the bias
+  bool f32 = false;              // image and text are fp32
+
+  ContrastivePass pass() const {
+    return {true, image.data != nullptr, text.data != nullptr, f32, false};
+  }
 };
 
 struct SigmoidTerms {
   const float* row_weight = nullptr;  // (N,) or null
   const float* col_weight = nullptr;  // (M,) or null
   float* row_loss = nullptr;          // (N,) sum over columns of the weighted pair losses, or null
-};
-
-// What a pass forms; all false is a forward without gradients.
-struct ContrastivePass {
-  bool grads = false;          // G at all: of the scale and the bias
-  bool image = false;          // dLoss/dimage
-  bool text = false;           // dLoss/dtext
-  bool whole_columns = false;  // clip_columns
 };
 
 namespace cpu {
