@@ -523,8 +523,9 @@ def _weights(op: str, weights: Any) -> Weights:
     if weights is None:
         return None, None
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        length = len(weights) if hasattr(weights, "__len__") else "none"
         raise ValueError(
-            f"{op}: weights has type {type(weights).__name__} and length {len(weights) if hasattr(weights, '__len__') else 'none'}, expected a "
+            f"{op}: weights has type {type(weights).__name__} and length {length}, expected a "
             "pair (row (N,) or None, column (M,) or None)"
         )
     return weights[0], weights[1]
