@@ -158,7 +158,7 @@ def flushes_small_gradients(*args: Tensor, **keywords: object) -> Tensor:
             Case(64, 64, 32, torch.float16, Variant("siglip_loss", "no_positive"), 10.0, -10.0),
         ),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_check_refuses(wrong: object, case: Case) -> None:
     right = getattr(reference, case.op)
