@@ -27,7 +27,7 @@ from vlm_kernels.testing.specs.contrastive import Case, Variant
 needs_cpu = pytest.mark.skipif(
     importlib.util.find_spec("vlm_kernels._C") is None, reason="vlm_kernels._C is not built"
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "700"))
 bounded = settings(
     max_examples=EXAMPLES,
     derandomize=True,
@@ -62,11 +62,14 @@ def variants(draw: st.DrawFn, op: str) -> Variant:
 @st.composite
 def cases(draw: st.DrawFn, op: str) -> Case:
     n, m = draw(lengths), draw(lengths)
+    dtype, d = draw(st.sampled_from(spec.DTYPES)), draw(widths)
     return Case(
         n,
         n if draw(st.booleans()) else m,
-        draw(widths),
-        draw(st.sampled_from(spec.DTYPES)),
+        # Normalised rows of a few columns take a few values only, and so does the gradient of S:
+        # its rounding to 16 bits then errs the same way everywhere, and L2 norms tell luck.
+        d + 8 if dtype.itemsize == 2 else d,
+        dtype,
         draw(variants(op)),
         draw(scales),
         draw(biases),
