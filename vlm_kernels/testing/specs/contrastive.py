@@ -288,7 +288,7 @@ def cases(op: str, dtypes: tuple[torch.dtype, ...] = DTYPES, full: bool = False)
         for i, (shape, dtype) in enumerate(product(shapes(full), dtypes))
         # With D = 1 normalised features are +-1 and the gradient of S takes two values a row: its
         # rounding to bf16 errs the same way everywhere, and the norm of the error tells luck.
-        if not (dtype == torch.bfloat16 and shape[2] == 1)
+        if not (full and dtype == torch.bfloat16 and shape[2] == 1)
     ]
 
 
