@@ -243,6 +243,7 @@ def show(rows: Sequence[Row], markdown: bool, picture: str | None, check: bool) 
     verdicts = targets.check(rows)
     print("\n" + "\n".join(map(str, verdicts)))
     missed = [verdict for verdict in verdicts if verdict.ok is False]
-    held = [verdict for verdict in verdicts if verdict.ok]
+    # a quiet machine alone is no target held
+    held = [v for v in verdicts if v.ok and not v.what.startswith("a quiet machine")]
     print(f"\n{len(held)} targets hold, {len(missed)} missed, {len(verdicts)} in all")
     return 1 if missed or not held else 0
