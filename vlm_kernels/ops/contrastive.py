@@ -28,6 +28,7 @@ _METRICS = (
     "text_to_image_perplexity",
 )
 _WORKSPACE_MB = 256
+_WORKSPACE_MB_GPU = 64
 _NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS = 1, 2, 4, 8
 _LARGE_FALLBACK_BYTES = 2**30
 
@@ -75,12 +76,13 @@ def clip_loss(
             out of the denominators.
         directions: "both" (half the sum of the two), "image_to_text" or "text_to_image".
         reduction: "mean" over the rows that have a positive, "sum" or "none".
-        workspace_mb: MiB of scratch, similarity kept for the backward included (default 256).
+        workspace_mb: MiB of scratch, similarity kept for the backward included (default 256 on a
+            CPU, 64 on a GPU).
             More of it saves recomputation, less of it memory; the loss does not change.
         return_metrics: also return a dict of detached fp32 scalars: image_to_text_top1,
             text_to_image_top1, positive_logit, negative_logit, and for each direction's softmax
             _entropy (nats) and _perplexity.
-        backend: "auto", "cpu" or "reference"; see `vlm_kernels.explain`.
+        backend: "auto", "triton", "cpu" or "reference"; see `vlm_kernels.explain`.
 
     Returns:
         The loss, fp32 of shape (); for "none" a tuple (row (N,), column (M,)), 0 where there is
@@ -96,7 +98,7 @@ def clip_loss(
     if torch.is_autocast_enabled("cpu"):
         image_features, text_features = _autocast(image_features, text_features)
     chosen = _choose("clip_loss", image_features, text_features, reduction, backend)
-    if chosen == "reference":
+    if chosen in ("reference", "triton"):
         _check_reference(
             "clip_loss",
             image_features,
@@ -114,6 +116,7 @@ def clip_loss(
             raise ValueError(
                 f"clip_loss: label_smoothing is {label_smoothing}, expected a number in [0, 1)"
             )
+    if chosen == "reference":
         return _reference.clip_loss(
             image_features,
             text_features,
@@ -129,9 +132,9 @@ def clip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale)
+    scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale, image_features)
     row_weight, column_weight = _weights("clip_loss", weights)
-    workspace_mb = _WORKSPACE_MB if workspace_mb is None else workspace_mb
+    workspace_mb = _workspace(chosen) if workspace_mb is None else workspace_mb
     tensors = (image_ids, text_ids, labels, row_weight, column_weight)
     options = (
         label_smoothing,
@@ -152,7 +155,9 @@ def clip_loss(
         or (scale is not None and scale.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        panels = _kept_panels(image_features, text_features, workspace_mb)
+        panels = 0
+        if chosen == "cpu":
+            panels = _kept_panels(image_features, text_features, workspace_mb)
         fn = _ClipLossFn
         if directions != "both" and reduction != "none" and not return_metrics:
             fn = _fn_of_one_direction(image_features, text_features, panels, workspace_mb)
@@ -161,14 +166,14 @@ def clip_loss(
             text_features,
             scale,
             bias,
-            (tensors, scale_value, panels, return_metrics, options),
+            (chosen, tensors, scale_value, panels, return_metrics, options),
         )
         if return_metrics:
             loss, metrics = loss
     else:
         if forward_ad._current_level >= 0:
             _refuse_tangents("clip_loss", image_features, text_features, scale)
-        loss, _, _, metrics = _ops().clip_loss_fwd(
+        loss, _, _, metrics = _ops(chosen).clip_loss_fwd(
             image_features, text_features, scale, scale_value, *tensors, *options, 0, return_metrics
         )
     if reduction == "none":
@@ -212,7 +217,7 @@ def siglip_loss(
     if torch.is_autocast_enabled("cpu"):
         image_features, text_features = _autocast(image_features, text_features)
     chosen = _choose("siglip_loss", image_features, text_features, reduction, backend)
-    if chosen == "reference":
+    if chosen in ("reference", "triton"):
         _check_reference(
             "siglip_loss",
             image_features,
@@ -226,6 +231,7 @@ def siglip_loss(
             ignore_same_ids,
             workspace_mb,
         )
+    if chosen == "reference":
         return _reference.siglip_loss(
             image_features,
             text_features,
@@ -239,16 +245,18 @@ def siglip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    scale, scale_value = _scalar("siglip_loss", "logit_scale", logit_scale)
+    scale, scale_value = _scalar("siglip_loss", "logit_scale", logit_scale, image_features)
     bias, bias_value = (
-        (None, 0.0) if logit_bias is None else _scalar("siglip_loss", "logit_bias", logit_bias)
+        (None, 0.0)
+        if logit_bias is None
+        else _scalar("siglip_loss", "logit_bias", logit_bias, image_features)
     )
     row_weight, column_weight = _weights("siglip_loss", weights)
     tensors = (image_ids, text_ids, labels, row_weight, column_weight)
     options = (
         ignore_same_ids,
         _REDUCTIONS[reduction],
-        _WORKSPACE_MB if workspace_mb is None else workspace_mb,
+        _workspace(chosen) if workspace_mb is None else workspace_mb,
     )
     needs = 0
     if torch.is_grad_enabled():
@@ -262,14 +270,14 @@ def siglip_loss(
     if needs:
         values = (scale_value, bias_value, needs, return_metrics)
         loss = _SiglipLossFn.apply(
-            image_features, text_features, scale, bias, (tensors, values, options)
+            image_features, text_features, scale, bias, (chosen, tensors, values, options)
         )
         if return_metrics:
             loss, metrics = loss
     else:
         if forward_ad._current_level >= 0:
             _refuse_tangents("siglip_loss", image_features, text_features, scale, bias)
-        loss, _, _, _, metrics = _ops().siglip_loss_fwd(
+        loss, _, _, _, metrics = _ops(chosen).siglip_loss_fwd(
             image_features,
             text_features,
             scale,
@@ -294,8 +302,8 @@ class _ClipLossFn(torch.autograd.Function):
         bias: Tensor | None,
         call: Any,  # one tuple: every further argument of `apply` costs time
     ) -> Any:
-        tensors, value, panels, metrics, options = call
-        loss, stats, kept, measured = _ops().clip_loss_fwd(
+        backend, tensors, value, panels, metrics, options = call
+        loss, stats, kept, measured = _ops(backend).clip_loss_fwd(
             image, text, scale, value, *tensors, *options, panels, metrics
         )
         ctx.save_for_backward(image, text, scale, bias, stats, kept)
@@ -309,12 +317,12 @@ class _ClipLossFn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         image, text, scale, bias, stats, kept = ctx.saved_tensors
-        tensors, value, _panels, _metrics, options = ctx.call
+        backend, tensors, value, _panels, _metrics, options = ctx.call
         need_image, need_text, need_scale, need_bias = ctx.needs_input_grad[:4]
         needs = _NEED_IMAGE * need_image + _NEED_TEXT * need_text + _NEED_SCALE * need_scale
         grads: Any = (None, None, None)
         if needs:
-            grads = _ops().clip_loss_bwd(
+            grads = _ops(backend).clip_loss_bwd(
                 grad, image, text, scale, value, *tensors, *options, stats, kept, needs
             )
         return (
@@ -338,27 +346,27 @@ class _ClipOneWayFn(torch.autograd.Function):
         bias: Tensor | None,
         call: Any,
     ) -> Any:
-        tensors, value, _panels, _metrics, options = call
+        backend, tensors, value, _panels, _metrics, options = call
         needs = sum(
             bit * need
             for bit, need in zip(
                 (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE), ctx.needs_input_grad, strict=False
             )
         )
-        loss, *formed = _C.clip_loss_one_way_fwd(
+        loss, *formed = _ops(backend).clip_loss_one_way_fwd(
             image, text, scale, value, *tensors, *options, needs
         )
         ctx.save_for_backward(scale, bias, *formed)
-        ctx.value, ctx.needs, ctx.dtype = value, needs, image.dtype
+        ctx.backend, ctx.value, ctx.needs, ctx.dtype = backend, value, needs, image.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         scale, bias, *formed = ctx.saved_tensors
-        run = (
-            _C.clip_loss_one_way_bwd_in_place if _may_overwrite(grad) else _C.clip_loss_one_way_bwd
-        )
+        run = _ops(ctx.backend).clip_loss_one_way_bwd
+        if ctx.backend == "cpu" and _may_overwrite(grad):
+            run = _C.clip_loss_one_way_bwd_in_place
         grads = run(grad, scale, ctx.value, *formed, ctx.needs)
         return (
             grads[0].to(ctx.dtype) if ctx.needs & _NEED_IMAGE else None,
@@ -379,9 +387,9 @@ class _SiglipLossFn(torch.autograd.Function):
         bias: Tensor | None,
         call: Any,
     ) -> Any:
-        tensors, values, options = call
+        backend, tensors, values, options = call
         scale_value, bias_value, needs, metrics = values
-        loss, *formed, measured = _ops().siglip_loss_fwd(
+        loss, *formed, measured = _ops(backend).siglip_loss_fwd(
             image, text, scale, scale_value, bias, bias_value, *tensors, *options, needs, metrics
         )
         ctx.save_for_backward(image, text, scale, bias, *formed)
@@ -395,8 +403,10 @@ class _SiglipLossFn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         image, text, scale, bias, *formed = ctx.saved_tensors
-        tensors, (scale_value, bias_value, needs, _metrics), options = ctx.call
-        run = _C.siglip_loss_bwd_in_place if _may_overwrite(grad) else _ops().siglip_loss_bwd
+        backend, tensors, (scale_value, bias_value, needs, _metrics), options = ctx.call
+        run = _ops(backend).siglip_loss_bwd
+        if backend == "cpu" and _may_overwrite(grad):
+            run = _C.siglip_loss_bwd_in_place
         grads = run(
             grad,
             image,
@@ -415,8 +425,12 @@ class _SiglipLossFn(torch.autograd.Function):
         return (*needed, None)
 
 
-def _ops() -> Any:
+def _ops(backend: str) -> Any:
     """The extension's functions, or under torch.compile the ops that it can see."""
+    if backend == "triton":
+        from .._triton import contrastive as _  # registers the ops
+
+        return torch.ops.vlm_kernels_triton
     return torch.ops.vlm_kernels if torch.compiler.is_compiling() else _C
 
 
@@ -449,6 +463,10 @@ def _kept_panels(image: Tensor, text: Tensor, workspace_mb: int) -> Any:
     fit = free // (image.shape[0] * 256 + 1) // 4 * 4  # whole tiles of 4 panels, or everything
     panels = (text.shape[0] + 63) // 64
     return min(fit, panels) if isinstance(panels, int) else torch.sym_min(fit, panels)
+
+
+def _workspace(backend: str) -> int:
+    return _WORKSPACE_MB if backend == "cpu" else _WORKSPACE_MB_GPU
 
 
 def _fn_of_one_direction(image: Tensor, text: Tensor, panels: int, workspace_mb: int) -> Any:
@@ -506,12 +524,12 @@ def _autocast(image: Any, text: Any) -> tuple[Any, Any]:
     return image, text
 
 
-def _scalar(op: str, name: str, value: Scalar) -> tuple[Tensor | None, float]:
+def _scalar(op: str, name: str, value: Scalar, like: Tensor) -> tuple[Tensor | None, float]:
     if isinstance(value, Tensor):
-        if not value.is_cpu:
+        if value.device != like.device:
             raise ValueError(
-                f"{op}: {name} is on {value.device} but the features are on cpu; move it there "
-                "with .to()"
+                f"{op}: {name} is on {value.device} but the features are on {like.device}; move it "
+                "there with .to()"
             )
         return value, 0.0
     if isinstance(value, bool) or not hasattr(value, "__float__"):
@@ -581,7 +599,7 @@ def _check_reference(
             if not value.is_floating_point():
                 raise TypeError(f"{op}: {name} is {value.dtype}, expected a floating-point tensor")
         elif value is not None:
-            _scalar(op, name, value)
+            _scalar(op, name, value, image)
     if (image_ids is None) != (text_ids is None):
         raise ValueError(f"{op}: pass image_ids and text_ids together; only one came")
     if labels is not None and image_ids is not None:
@@ -640,7 +658,22 @@ def _why_not_cpu(image_features: Tensor, text_features: Tensor, *_: Any, **__: A
     return None
 
 
+def _why_not_triton(
+    image_features: Tensor, text_features: Tensor, *_: Any, **__: Any
+) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    device = "cpu" if interpreted else "cuda"
+    for name, x in (("image_features", image_features), ("text_features", text_features)):
+        if x.device.type != device:
+            when = " in the interpreter" if interpreted else ""
+            return f"{name} is on {x.device}; Triton runs on {device}{when}"
+        if x.dtype not in _DTYPES:
+            return f"{name} is {x.dtype}; the kernels take float32, bfloat16 and float16"
+    return None
+
+
 for _op in ("clip_loss", "siglip_loss"):
+    _backends.register(_op, "triton", _why_not_triton)
     _backends.register(_op, "cpu", _why_not_cpu)
     _backends.register(_op, "reference", lambda *_, **__: None)
 
@@ -649,10 +682,10 @@ def _empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tenso
     return like.new_empty(shape, dtype=dtype)
 
 
-def _register_fakes() -> None:
+def register_fakes(namespace: str) -> None:
     """Shapes of the ops' results, for meta tensors and torch.compile."""
 
-    @torch.library.register_fake("vlm_kernels::clip_loss_fwd")
+    @torch.library.register_fake(f"{namespace}::clip_loss_fwd")
     def _(image: Tensor, text: Tensor, *args: Any) -> Any:
         n, m, (reduction, _, panels, metrics) = image.shape[0], text.shape[0], args[-4:]
         f32 = torch.float32
@@ -665,7 +698,7 @@ def _register_fakes() -> None:
             _empty(image, len(_METRICS) + 2 if metrics else 0, dtype=f32),
         )
 
-    @torch.library.register_fake("vlm_kernels::clip_loss_bwd")
+    @torch.library.register_fake(f"{namespace}::clip_loss_bwd")
     def _(grad: Tensor, image: Tensor, text: Tensor, scale: Tensor | None, *args: Any) -> Any:
         needs = args[-1]
         return (
@@ -674,7 +707,7 @@ def _register_fakes() -> None:
             _scalar_grad_of(scale, needs & _NEED_SCALE, image),
         )
 
-    @torch.library.register_fake("vlm_kernels::clip_loss_one_way_fwd")
+    @torch.library.register_fake(f"{namespace}::clip_loss_one_way_fwd")
     def _(image: Tensor, text: Tensor, *args: Any) -> Any:
         return (
             _empty(image, dtype=torch.float32),
@@ -683,7 +716,7 @@ def _register_fakes() -> None:
             _empty(image, 2, dtype=torch.float64),
         )
 
-    @torch.library.register_fake("vlm_kernels::clip_loss_one_way_bwd")
+    @torch.library.register_fake(f"{namespace}::clip_loss_one_way_bwd")
     def _(
         grad: Tensor,
         scale: Tensor | None,
@@ -699,7 +732,7 @@ def _register_fakes() -> None:
             _scalar_grad_of(scale, needs & _NEED_SCALE, formed_image),
         )
 
-    @torch.library.register_fake("vlm_kernels::siglip_loss_fwd")
+    @torch.library.register_fake(f"{namespace}::siglip_loss_fwd")
     def _(image: Tensor, text: Tensor, *args: Any) -> Any:
         reduction, _, needs, metrics = args[-4:]
         now = 0 if reduction == 2 else needs
@@ -711,7 +744,7 @@ def _register_fakes() -> None:
             _empty(image, len(_METRICS) + 2 if metrics else 0, dtype=torch.float32),
         )
 
-    @torch.library.register_fake("vlm_kernels::siglip_loss_bwd")
+    @torch.library.register_fake(f"{namespace}::siglip_loss_bwd")
     def _(
         grad: Tensor,
         image: Tensor,
@@ -746,4 +779,4 @@ def _scalar_grad_of(x: Tensor | None, needed: int, features: Tensor) -> Tensor:
 
 
 if _C is not None:
-    _register_fakes()
+    register_fakes("vlm_kernels")
