@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ needs_cpu = pytest.mark.skipif(
     importlib.util.find_spec("vlm_kernels._C") is None, reason="vlm_kernels._C is not built"
 )
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
+if os.environ.get("TRITON_INTERPRET") == "1":  # minutes: tests/triton has a covering subset
+    BACKENDS.append("triton")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 ops = pytest.mark.parametrize("op", spec.OPS)
 dtypes = pytest.mark.parametrize("dtype", spec.DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -740,8 +740,8 @@ def siglip_loss_fwd(
     needs: int,
     metrics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss () or (N,), gradients with respect to the similarity of image and text, fp64 sums (2,)
-    or (0,) of G * x and of G, metrics (10,) or (0,)."""
+    """-> loss () or (N,), gradients with respect to the similarity of image and text, fp64 sums of
+    G * x and of G (2,) or (0,), metrics (10,) or (0,)."""
     pairs = _Pairs(image, text, image_ids, text_ids, labels, ignore_same_ids)
     call = _Call(image, text, logit_scale, scale, pairs, workspace_mb)
     now = 0 if reduction == _NONE else needs

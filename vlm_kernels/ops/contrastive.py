@@ -428,7 +428,6 @@ class _SiglipLossFn(torch.autograd.Function):
 def _ops(backend: str) -> Any:
     """The extension's functions, or under torch.compile the ops that it can see."""
     if backend == "triton":
-        from .._triton import contrastive as _  # registers the ops
 
         return torch.ops.vlm_kernels_triton
     return torch.ops.vlm_kernels if torch.compiler.is_compiling() else _C
