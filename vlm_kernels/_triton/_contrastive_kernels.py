@@ -17,7 +17,7 @@ from ._compat import cast, dot
 DIAGONAL, IDS, IGNORE_SAME = 0, 1, 2
 ROWS, COLUMNS = 1, 2  # bits of DIRECTIONS: softmax over the texts of an image, and the reverse
 
-_DIAGONAL, _IDS = tl.constexpr(DIAGONAL), tl.constexpr(IDS)
+_DIAGONAL, _IGNORE_SAME = tl.constexpr(DIAGONAL), tl.constexpr(IGNORE_SAME)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Maxima begin here: far above _LOWEST, which excluded entries are set to, so that their
@@ -34,8 +34,10 @@ def _similarity(
 ):  # fmt: skip
     """x of the given rows and columns; those beyond the last repeat it."""
     k = tl.arange(0, BK)
-    a = image + tl.minimum(rows, n - 1)[:, None] * image_stride + k[None, :]
-    b = text + tl.minimum(cols, m - 1)[None, :] * text_stride + k[:, None]
+    row_offsets = tl.minimum(rows, n - 1).to(tl.int64) * image_stride
+    col_offsets = tl.minimum(cols, m - 1).to(tl.int64) * text_stride
+    a = image + row_offsets[:, None] + k[None, :]
+    b = text + col_offsets[None, :] + k[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, D, BK):
         if D % BK == 0:
@@ -59,18 +61,20 @@ def _touches(row, col, n, m, kind, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _pairs(rows, cols, n, m, kind, image_ids, text_ids):
-    """(positive, excluded) of a tile."""
-    excluded = (rows >= n)[:, None] | (cols >= m)[None, :]
-    positive = rows[:, None] == cols[None, :]
+    """(positive, excluded) of a tile; a positive may be excluded as well.
+
+    No branch hands on a whole tile: that would cost every tile registers.
+    """
+    row_ids, col_ids = rows, cols
     if kind != _DIAGONAL:
         row_ids = tl.load(image_ids + rows, mask=rows < n, other=0)
         col_ids = tl.load(text_ids + cols, mask=cols < m, other=0)
-        same = row_ids[:, None] == col_ids[None, :]
-        if kind == _IDS:
-            positive = same
-        else:
-            excluded = excluded | (same & (positive == 0))
-    return positive & (excluded == 0), excluded
+    diagonal = rows[:, None] == cols[None, :]
+    same = row_ids[:, None] == col_ids[None, :]
+    ignore = kind == _IGNORE_SAME
+    positive = (diagonal & ignore) | (same & (ignore == 0))
+    excluded = (same & ignore & (diagonal == 0)) | (rows >= n)[:, None] | (cols >= m)[None, :]
+    return positive, excluded
 
 
 @triton.jit
@@ -104,7 +108,7 @@ def stats_kernel(
     tile = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
     sign, c = _log2_scale(scale)
-    row = first_row + tile * BM
+    row = first_row + tl.program_id(0) * BM
     rows = row + tl.arange(0, BM)
     row_max = tl.full((BM,), _FLOOR, tl.float32)
     row_sum = tl.zeros((BM,), tl.float32)
@@ -114,7 +118,8 @@ def stats_kernel(
     row_best = tl.full((BM,), _LOWEST, tl.float32)
     row_other = tl.full((BM,), _LOWEST, tl.float32)
     wide, long = tl.cast(m, tl.int64), tl.cast(part_rows, tl.int64)
-    t, last = split * tiles, tl.minimum(split * tiles + tiles, tl.cdiv(m, BN))
+    t = tl.program_id(1) * tiles
+    last = tl.minimum(t + tiles, tl.cdiv(m, BN))
     while t < last:  # the interpreter has no range of what it computed, under numpy 2.4
         col = t * BN
         cols = col + tl.arange(0, BN)
@@ -128,18 +133,18 @@ def stats_kernel(
             at = kept_similarity + (tile * BM + tl.arange(0, BM))[:, None] * kept_stride
             tl.store(at + cols[None, :], x, mask=(rows < n)[:, None] & inside[None, :])
         col_positive = tl.zeros((BN,), tl.float32)
-        if METRICS or smoothing or _touches(row, col, n, m, kind, BM, BN):
+        if _touches(row, col, n, m, kind, BM, BN) | (smoothing != 0) | METRICS:
             positive, excluded = _pairs(rows, cols, n, m, kind, image_ids, text_ids)
+            x = tl.where(excluded, 0.0, x)
             taken = tl.where(positive, x, 0.0)
             row_positive += tl.sum(taken, 1)
             col_positive += tl.sum(taken, 0)
-            if METRICS or smoothing:
-                held = tl.where(excluded, 0.0, x)
-                row_kept += tl.sum(held, 1)
+            if METRICS | (smoothing != 0):
+                row_kept += tl.sum(x, 1)
                 if DIRECTIONS & 2:
-                    tl.store(out + 3 * wide, tl.sum(held, 0), mask=inside)
+                    tl.store(out + 3 * wide, tl.sum(x, 0), mask=inside)
             if METRICS:
-                best = tl.where(positive, x, _LOWEST)
+                best = tl.where(positive & (excluded == 0), x, _LOWEST)
                 other = tl.where(positive | excluded, _LOWEST, x)
                 row_best = tl.maximum(row_best, tl.max(best, 1))
                 row_other = tl.maximum(row_other, tl.max(other, 1))
@@ -173,7 +178,7 @@ def stats_kernel(
         tl.store(out, row_max, mask=inside)
         tl.store(out + long, row_sum, mask=inside)
         tl.store(out + 2 * long, row_positive, mask=inside)
-        if METRICS or smoothing:
+        if METRICS | (smoothing != 0):
             tl.store(out + 3 * long, row_kept, mask=inside)
         if METRICS:
             tl.store(out + 4 * long, row_entropy, mask=inside)
@@ -206,7 +211,7 @@ def merge_kernel(
         best = tl.load(old, mask=inside, other=_FLOOR)
         total = tl.load(old + stats_stride, mask=inside, other=0.0)
         positive = tl.load(old + 2 * stats_stride, mask=inside, other=0.0)
-        if METRICS or smoothing:
+        if METRICS | (smoothing != 0):
             kept = tl.load(old + 3 * stats_stride, mask=inside, other=0.0)
         if METRICS:
             entropy = tl.load(old + 4 * stats_stride, mask=inside, other=0.0)
@@ -220,7 +225,7 @@ def merge_kernel(
         positive += tl.load(new + 2 * part_length, mask=inside, other=0.0)
         now = tl.maximum(best, other)
         a, b = (best - now) * c, (other - now) * c
-        if METRICS or smoothing:
+        if METRICS | (smoothing != 0):
             kept += tl.load(new + 3 * part_length, mask=inside, other=0.0)
         if METRICS:
             nats = tl.load(new + 4 * part_length, mask=inside, other=0.0)
@@ -261,7 +266,7 @@ def clip_grads_kernel(
     """
     row_tile, col_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sign, c = _log2_scale(scale)
-    row, col = first_row + row_tile * BM, first_col + col_tile * BN
+    row, col = first_row + tl.program_id(0) * BM, first_col + tl.program_id(1) * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     row_inside, col_inside = rows < n, cols < m
     inside = row_inside[:, None] & col_inside[None, :]
@@ -285,18 +290,18 @@ def clip_grads_kernel(
         shift = tl.load(b, mask=col_inside, other=0.0)
         weight = tl.load(b + coefs_stride, mask=col_inside, other=0.0)
         g += weight[None, :] * tl.exp2((x - shift[None, :]) * c)
-    if smoothing or _touches(row, col, n, m, kind, BM, BN):
+    if _touches(row, col, n, m, kind, BM, BN) | (smoothing != 0):
         positive, excluded = _pairs(rows, cols, n, m, kind, image_ids, text_ids)
         if DIRECTIONS & 1:
             taken = tl.load(a + 2 * coefs_stride, mask=row_inside, other=0.0)
             g -= tl.where(positive, taken[:, None], 0.0)
-            if smoothing:
-                g -= tl.load(a + 3 * coefs_stride, mask=row_inside, other=0.0)[:, None]
+            here = row_inside & (smoothing != 0)
+            g -= tl.load(a + 3 * coefs_stride, mask=here, other=0.0)[:, None]
         if DIRECTIONS & 2:
             taken = tl.load(b + 2 * coefs_stride, mask=col_inside, other=0.0)
             g -= tl.where(positive, taken[None, :], 0.0)
-            if smoothing:
-                g -= tl.load(b + 3 * coefs_stride, mask=col_inside, other=0.0)[None, :]
+            here = col_inside & (smoothing != 0)
+            g -= tl.load(b + 3 * coefs_stride, mask=here, other=0.0)[None, :]
         g = tl.where(excluded, 0.0, g)
     tl.store(sums + (row // BM) * sums_stride + col // BN, tl.sum(g * x))
     at = grads + local[:, None] * grads_stride + (col_tile * BN + tl.arange(0, BN))[None, :]
@@ -334,7 +339,7 @@ def sigmoid_kernel(
     """
     row_tile, col_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sign, _c = _log2_scale(scale)
-    row, col = first_row + row_tile * BM, first_col + col_tile * BN
+    row, col = first_row + tl.program_id(0) * BM, first_col + tl.program_id(1) * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     local = row_tile * BM + tl.arange(0, BM)
     x = _similarity(
@@ -343,20 +348,27 @@ def sigmoid_kernel(
     )  # fmt: skip
     z = x * tl.abs(tl.load(scale).to(tl.float32)) + tl.load(bias).to(tl.float32)
     touches = _touches(row, col, n, m, kind, BM, BN)
-    flip = tl.full((BM, BN), 1.0, tl.float32)  # -1 for positives, 0 for excluded pairs
+    # the masks are formed anew each time: kept, they would cost every tile registers
     if touches:
-        positive, excluded = _pairs(rows, cols, n, m, kind, image_ids, text_ids)
-        flip = tl.where(excluded, 0.0, tl.where(positive, -1.0, 1.0))
-        z *= flip
+        positive, _excluded = _pairs(rows, cols, n, m, kind, image_ids, text_ids)
+        z = tl.where(positive, -z, z)
     e = tl.exp2(-tl.abs(z) * _LOG2E)
-    w = tl.abs(flip)
-    if weighted:
-        w *= tl.load(row_weight + rows, mask=rows < n, other=0.0)[:, None]
-        w *= tl.load(col_weight + cols, mask=cols < m, other=0.0)[None, :]
-    loss = w * (tl.maximum(z, 0.0) + _log1p_unit(e))
-    tl.store(losses + col_tile * losses_stride + local, tl.sum(loss, 1), mask=rows < n)
+    of_row = tl.full((BM,), 1.0, tl.float32)
+    of_col = tl.full((BN,), 1.0, tl.float32)
+    if weighted != 0:
+        of_row = tl.load(row_weight + rows, mask=rows < n, other=0.0)
+        of_col = tl.load(col_weight + cols, mask=cols < m, other=0.0)
+    loss = of_col[None, :] * (tl.maximum(z, 0.0) + _log1p_unit(e))
+    if touches:
+        _positive, excluded = _pairs(rows, cols, n, m, kind, image_ids, text_ids)
+        loss = tl.where(excluded, 0.0, loss)
+    at = losses + col_tile * losses_stride + local
+    tl.store(at, of_row * tl.sum(loss, 1), mask=rows < n)
     if GRADS:
-        g = flip * w * (tl.where(z > 0, 1.0, e) / (1.0 + e))
+        g = of_row[:, None] * of_col[None, :] * (tl.where(z > 0, 1.0, e) / (1.0 + e))
+        if touches:
+            positive, excluded = _pairs(rows, cols, n, m, kind, image_ids, text_ids)
+            g = tl.where(excluded, 0.0, tl.where(positive, -g, g))
         at = sums + (row // BM) * sums_stride + col // BN
         tl.store(at, tl.sum(g * x))
         tl.store(at + sums_stride * tl.cdiv(n, BM), tl.sum(g))

@@ -80,12 +80,17 @@ class _Pairs:
         self.device = image.device
         self.kind = kernels.DIAGONAL
         self.image_ids = self.text_ids = image  # not read
-        if labels is not None:  # labels that are no row of text match none
-            image_ids, text_ids = labels, torch.arange(self.m, device=self.device)
-        if image_ids is not None and text_ids is not None:
+        if labels is not None:  # one that is no row of text matches none
+            labels = labels.to(torch.int64)
+            self.kind = kernels.IDS
+            self.image_ids = torch.where(labels < self.m, labels, -1).to(torch.int32)
+            self.text_ids = torch.arange(self.m, dtype=torch.int32, device=self.device)
+        elif image_ids is not None and text_ids is not None:
+            # their ranks: int64 would cost the kernels twice the registers
             self.kind = kernels.IGNORE_SAME if ignore_same_ids else kernels.IDS
-            self.image_ids = image_ids.to(torch.int64).contiguous()
-            self.text_ids = text_ids.to(torch.int64).contiguous()
+            ids = torch.cat([image_ids.to(torch.int64), text_ids.to(torch.int64)])
+            ranks = torch.searchsorted(ids.sort().values, ids, out_int32=True)
+            self.image_ids, self.text_ids = ranks[: self.n], ranks[self.n :]
 
     @functools.cached_property
     def _same(self) -> Tensor:
