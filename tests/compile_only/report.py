@@ -30,8 +30,8 @@ class Compiled:
 # `// limits: registers 128, spills 0` (or `#`), then the kernel, behind at most three lines of
 # template, attributes and decorators.
 _LIMITS = re.compile(
-    r"(?://|#) limits: ([^\n]*)\n(?:[^\n]*\n){0,3}?[^\n]*(?:\bdef|\bvoid)\s+(?:__launch_bounds__\([^)]*\)\s*)?"
-    r"(\w+)\("
+    r"(?://|#) limits: ([^\n]*)\n(?:[^\n]*\n){0,3}?"
+    r"[^\n]*(?:\bdef|\bvoid)\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
 )
 _KNOWN = {"registers", "shared", "spills"}
 _DEFAULT = {"registers": 255, "spills": 0}

@@ -23,11 +23,11 @@ _FLOATS |= {"sums", "losses", "row_weight", "col_weight", "parts", "stats"}
 
 def _types(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
     feature = f"*{dtype.replace('tf32', 'fp32')}"
-    types = {name: "i32" for name in kernel.arg_names}
-    types |= {name: "*fp32" for name in _FLOATS & types.keys()}
-    types |= {name: feature for name in {"image", "text", "grads"} & types.keys()}
-    types |= {name: "*i32" for name in {"image_ids", "text_ids"} & types.keys()}
-    return types | {name: "constexpr" for name in constants}
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= dict.fromkeys(_FLOATS & types.keys(), "*fp32")
+    types |= dict.fromkeys({"image", "text", "grads"} & types.keys(), feature)
+    types |= dict.fromkeys({"image_ids", "text_ids"} & types.keys(), "*i32")
+    return types | dict.fromkeys(constants, "constexpr")
 
 
 def _variant(
@@ -42,16 +42,13 @@ def _variant(
         **flags,
     }
     types = _types(kernel, dtype, constants)
-    # what the host passes is a multiple of 16 for the usual sizes; with a ragged D nothing is
-    ragged = dim % tile.depth != 0
+    # as for tensors of torch whose sizes are no multiples of 16, but whose D is
     aligned = {name for name, type_ in types.items() if type_ != "constexpr"} - {
-        "n", "m", "tiles", "kind", "smoothing", "fields", "weighted", "sums_stride", "part_rows",
+        "n", "m", "tiles", "kind", "smoothing", "fields", "weighted", "sums_stride",
     }  # fmt: skip
-    if ragged:
-        aligned -= {"image_stride", "text_stride", "image", "text"}
     shown = ",".join(f"{k.lower()}={int(v)}" for k, v in flags.items())
     name = f"{shown},{dtype},{tile.rows}x{tile.cols}x{tile.depth},d={dim}"
-    mma = dtype != "fp32" and not flags.get("KEEP_X", False)
+    mma = dtype != "fp32"
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return Variant(kernel, name, arch, types, constants, aligned, options, mma)
 
@@ -80,10 +77,10 @@ def _merges(arch: int) -> Iterator[Variant]:
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """All of them, for the D of CLIP and SigLIP models and for one that fills no tile."""
+    """All of them, for the D of CLIP and SigLIP models; in bf16 also for one that fills no tile."""
     for dtype, size in _DTYPES.items():
         for tile in _tiles.shipped(arch, size):
-            for dim in (768, 100):
+            for dim in (768, 80) if dtype == "bf16" else (768,):
                 yield from _of(arch, dtype, tile, dim)
     yield from _merges(arch)
 
@@ -94,7 +91,7 @@ def quick(arch: int) -> Iterator[Variant]:
     fp32 = _tiles.shipped(arch, 4)[0]
     if arch == 90:
         yield from _of(arch, "bf16", large, 768)
-        yield from list(_of(arch, "fp16", small, 100))[0:6:5]
+        yield from list(_of(arch, "fp16", small, 768))[0:6:5]
         yield from list(_of(arch, "fp32", fp32, 768))[0:6:5]
         yield from list(_of(arch, "tf32", fp32, 768))[0:1]
     else:

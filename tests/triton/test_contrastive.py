@@ -44,7 +44,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 2 x 2 tiles and statistics of one row of tiles at a time."""
     monkeypatch.setattr(backend, "_BLOCK", 128)
-    monkeypatch.setattr(front, "_workspace", lambda chosen: 0)
+    monkeypatch.setattr(front, "_workspace_mb", lambda image: 0)
 
 
 class Recorder(TorchDispatchMode):

@@ -1,0 +1,56 @@
+"""`python -m tests.compile_only [--quick]`: a line a kernel that ships; status 1 above a limit.
+
+Needs no GPU. Triton's kernels are compiled by the Triton wheel, csrc/cuda by nvcc where there is
+one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from . import cuda_sources, report
+
+
+def main() -> int:
+    """Compiles, prints the table and what is above its limits."""
+    parser = argparse.ArgumentParser(prog="python -m tests.compile_only", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the variants that the tests compile")
+    args = parser.parse_args()
+    rows, wrong = [], []
+
+    # imported here: csrc/cuda is compiled without Triton too
+    try:
+        from vlm_kernels._triton import _contrastive_kernels
+
+        from . import triton_contrastive, triton_kernels
+    except ImportError as error:
+        print(f"Triton's kernels were not compiled: {error}", file=sys.stderr)
+    else:
+        limits = report.limits_in(Path(_contrastive_kernels.__file__))
+        for arch in (80, 90):
+            which = triton_contrastive.quick if args.quick else triton_contrastive.variants
+            for variant in which(arch):
+                row = triton_kernels.compile_variant(variant)
+                rows.append(row)
+                wrong += report.excesses(row, limits.get(row.kernel, {}))
+                print(variant, file=sys.stderr)
+
+    if cuda_sources.nvcc() is None:
+        print("csrc/cuda was not compiled: no nvcc", file=sys.stderr)
+    else:
+        for source in cuda_sources.SOURCES:
+            limits = report.limits_in(source)
+            for row in cuda_sources.compile_source(source):
+                wrong += report.excesses(row, cuda_sources.limits_of(row.kernel, limits))
+                rows.append(replace(row, kernel=cuda_sources.readable(row.kernel)))
+
+    print(report.table(rows))
+    print("\n".join(["", *wrong]) if wrong else "\nevery kernel is within its limits")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
