@@ -18,7 +18,7 @@ ENV := .venv/.installed
 endif
 CLANG_FORMAT ?= $(or $(wildcard $(dir $(PY))clang-format),clang-format)
 
-.PHONY: help env build demo test bench lint format sanitize wheel clean
+.PHONY: help env build demo test bench lint format sanitize kernels wheel clean
 
 help:  ## list the targets (ARGS= goes to the command that a target runs)
 	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -67,6 +67,9 @@ sanitize: $(ENV)  ## run the tests of the ops on a build with the address and UB
 	  PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/build/sanitize \
 	  $(PY) -m pytest -q --capture=sys -c $(CURDIR)/pyproject.toml \
 	  --rootdir $(CURDIR) $(CURDIR)/tests/ops $(ARGS)
+
+kernels: $(ENV)  ## compile every GPU kernel without a GPU: registers, spills, tensor-core use
+	$(PY) -m tests.compile_only $(ARGS)
 
 wheel: $(ENV)  ## build a wheel into dist/ for this Python and this torch
 	rm -rf build/lib build/lib.*

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from vlm_kernels.testing import timing
 from vlm_kernels.testing.specs import contrastive as spec
 from vlm_kernels.testing.tolerances import relative_error
 
-from . import peers
+from . import gpu, peers
 from .record import OtherLoad, Row
 from .roofline import DTYPES
 
@@ -49,9 +50,12 @@ class Case:
     def shape(self) -> str:
         return f"{self.n}x{self.d}" if self.n == self.m else f"{self.n}x{self.m}x{self.d}"
 
-    def inputs(self) -> spec.Inputs:
+    def inputs(self, device: str = "cpu") -> spec.Inputs:
         scale, bias = _SCALES[self.op]
-        return spec.make_inputs(self.n, self.m, self.d, DTYPES[self.dtype], scale=scale, bias=bias)
+        dtype = DTYPES[self.dtype]
+        return spec.make_inputs(
+            self.n, self.m, self.d, dtype, device=device, scale=scale, bias=bias
+        )
 
     @property
     def gradient_bytes(self) -> int:
@@ -66,6 +70,7 @@ class Settings:
     Attributes:
         repeats: rounds at least; min_time: seconds of rounds a case at least.
         error_rows: the error is measured at this N at most: fp64 holds the N x M matrix many times.
+        device: "cpu" or "cuda". On a GPU calls are replayed as CUDA graphs, from a cold L2.
     """
 
     threads: int = 2
@@ -73,7 +78,12 @@ class Settings:
     repeats: int = 5
     min_time: float = 2.0
     error_rows: int = 2048
+    device: str = "cpu"
     memory_timeout: float = 600.0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
 
 
 def call(loss: peers.Loss, inputs: spec.Inputs, mode: str) -> Callable[[], object]:
@@ -94,7 +104,9 @@ def time_case(case: Case, providers: Sequence[peers.Provider], settings: Setting
     """A row for each provider, timed in turns; what cannot run becomes a row with the reason."""
     gc.collect()
     torch.compiler.reset()  # each shape is a graph of its own, and Dynamo keeps only a few
-    inputs = case.inputs()
+    inputs = case.inputs(settings.device)
+    if settings.on_gpu:
+        torch.cuda.empty_cache()
     rows = {provider.key: _row("time", case, provider, settings) for provider in providers}
     runs = {}
     for provider in providers:
@@ -105,8 +117,13 @@ def time_case(case: Case, providers: Sequence[peers.Provider], settings: Setting
             fn = call(provider.build(False), inputs, case.mode)
             start = time.perf_counter()
             fn()
+            if settings.on_gpu:
+                torch.cuda.synchronize()
             row.first_s = time.perf_counter() - start
-            row.err, row.err_n = _error(case, provider, settings.error_rows)
+            row.err, row.err_n = _error(case, provider, settings)
+            if settings.on_gpu:
+                row.eager_ms = gpu.eager_seconds(fn) * 1e3
+                fn = gpu.graphed(fn)
             runs[provider.key] = fn
         except Exception as error:  # whatever a peer or a kernel raises belongs in its row
             row.status, row.reason = "error", reason_of(error)
@@ -125,13 +142,15 @@ def time_case(case: Case, providers: Sequence[peers.Provider], settings: Setting
 def _times(
     runs: dict[str, Callable[[], object]], ours: set[str], settings: Settings
 ) -> dict[str, list[float]]:
-    first = timing.interleaved(runs, rounds=1, warmup=0)
+    evict = gpu.evictor(settings.device) if settings.on_gpu else None
+    where: dict[str, Any] = {"device": settings.device, "before": evict}
+    first = timing.interleaved(runs, rounds=1, warmup=0, **where)
     seconds = {key: list(value.seconds) for key, value in first.items()}
     best = min((s[0] for key, s in seconds.items() if key not in ours), default=0.0)
     kept = {k: fn for k, fn in runs.items() if k in ours or seconds[k][0] <= _SLOW * best}
     if kept and settings.repeats > 1:
         rest = timing.interleaved(
-            kept, min_rounds=settings.repeats - 1, budget_s=settings.min_time, warmup=0
+            kept, min_rounds=settings.repeats - 1, budget_s=settings.min_time, warmup=0, **where
         )
         for key, value in rest.items():
             seconds[key] += value.seconds
@@ -152,13 +171,14 @@ def _row(kind: str, case: Case, provider: peers.Provider, settings: Settings) ->
         d=case.d,
         workspace_mb=provider.workspace_mb,
         threads=settings.threads,
+        device=settings.device,
     )
     row.flops = spec.flops(case.op, case.n, case.m, case.d, case.mode)
     dtype = DTYPES[case.dtype]
     row.bytes = spec.bytes_moved(case.op, case.n, case.m, case.d, dtype, case.mode)
     if provider.ours:
         try:
-            row.backend = _backend(case, settings)
+            row.backend = _backend(case, settings, provider.backend)
         except (RuntimeError, ValueError) as error:
             row.status, row.reason = "error", reason_of(error)
         row.counts = row.backend is not None and row.backend not in peers.FALLBACKS
@@ -168,17 +188,18 @@ def _row(kind: str, case: Case, provider: peers.Provider, settings: Settings) ->
             row.status, row.reason = "skipped", "pairs rows with columns one to one"
             return row
         needed = provider.matrices * case.n * case.m * dtype.itemsize
-        if needed > 0.85 * _available():
+        available = torch.cuda.mem_get_info()[0] if settings.on_gpu else _available()
+        if needed > 0.85 * available:
             row.status = "skipped"
             row.reason = f"needs about {needed / 2**30:.1f} GiB"
     return row
 
 
-def _backend(case: Case, settings: Settings) -> str:
+def _backend(case: Case, settings: Settings, backend: str | None) -> str:
     """What runs our op on this case."""
     small = replace(case, n=min(case.n, 8), m=min(case.m, 8))
-    leaves = _present(small.inputs())
-    return _backends.select(case.op, settings.backend, *leaves)
+    leaves = _present(small.inputs(settings.device))
+    return _backends.select(case.op, backend or settings.backend, *leaves)
 
 
 def _available() -> int:
@@ -198,21 +219,25 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {line.strip()}"[:300]
 
 
-def _error(case: Case, provider: peers.Provider, most: int) -> tuple[dict[str, float], int]:
+def _error(
+    case: Case, provider: peers.Provider, settings: Settings
+) -> tuple[dict[str, float], int]:
+    most = settings.error_rows
     small = replace(case, n=min(case.n, most), m=min(case.m, most))
-    return _small_error(small, provider), small.n
+    return _small_error(small, provider, settings.device), small.n
 
 
 @functools.cache
-def _small_error(case: Case, provider: peers.Provider) -> dict[str, float]:
-    exact = _exact(case)
-    got = _results(provider.build(False), case.inputs(), case.mode)
+def _small_error(case: Case, provider: peers.Provider, device: str) -> dict[str, float]:
+    exact = _exact(case, device)
+    got = _results(provider.build(False), case.inputs(device), case.mode)
     return {name.removesuffix(".grad"): relative_error(got[name], exact[name]) for name in exact}
 
 
 @functools.lru_cache(maxsize=1)
-def _exact(case: Case) -> dict[str, Tensor]:
-    return _results(getattr(reference, case.op), case.inputs().to(torch.float64), case.mode)
+def _exact(case: Case, device: str) -> dict[str, Tensor]:
+    inputs = case.inputs(device).to(torch.float64)
+    return _results(getattr(reference, case.op), inputs, case.mode)
 
 
 def _results(loss: peers.Loss, inputs: spec.Inputs, mode: str) -> dict[str, Tensor]:
@@ -231,6 +256,13 @@ def memory_case(case: Case, provider: peers.Provider, settings: Settings) -> Row
     row = _row("memory", case, provider, settings)
     if row.status != "ok":
         return row
+    if settings.on_gpu:
+        try:
+            peak = gpu.peak_bytes(memory_step(case, provider.name, provider.workspace_mb, settings))
+            row.peak_mib = (peak - case.gradient_bytes) / 2**20
+        except Exception as error:  # out of memory, whatever the call raised
+            row.status, row.reason = "error", reason_of(error)
+        return row
     step = f"memory_step({case!r}, {provider.name!r}, {provider.workspace_mb!r}, {settings!r})"
     setup = f"from benchmarks.measure import Case, Settings, memory_step\nstep = {step}"
     load = OtherLoad()
@@ -246,11 +278,11 @@ def memory_case(case: Case, provider: peers.Provider, settings: Settings) -> Row
 def memory_step(
     case: Case, name: str, workspace_mb: int | None, settings: Settings
 ) -> Callable[[], object]:
-    """For the child: the call to measure, after small ones that load what it needs."""
+    """The call to measure, after small ones that load what it needs."""
     torch.set_num_threads(settings.threads)
     provider = peers.named(case.op, name, workspace_mb, settings.backend)
     loss = provider.build(True)
     for rows in _WARM_UP:
-        call(loss, replace(case, n=rows, m=rows).inputs(), case.mode)()
+        call(loss, replace(case, n=rows, m=rows).inputs(settings.device), case.mode)()
     vlm_kernels.empty_cache()
-    return call(loss, case.inputs(), case.mode)
+    return call(loss, case.inputs(settings.device), case.mode)

@@ -41,7 +41,7 @@ class Provider:
         matrices: N x M matrices of the features' dtype that forward and backward hold at their
             peak, to see whether a shape fits before trying it; 0 for ours.
         note: what exactly ran, such as the version of another library.
-        workspace_mb: ours only.
+        workspace_mb, backend: ours only; a backend where it is not that of the whole run.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Provider:
     matrices: float = 0.0
     note: str = ""
     workspace_mb: int | None = None
+    backend: str | None = None
 
     @property
     def ours(self) -> bool:
@@ -57,7 +58,9 @@ class Provider:
     @property
     def key(self) -> str:
         """Distinct within a row of the table."""
-        return self.name if self.workspace_mb is None else f"{self.name} ({self.workspace_mb} MB)"
+        where = "" if self.backend is None else f" on {self.backend}"
+        size = "" if self.workspace_mb is None else f" ({self.workspace_mb} MB)"
+        return self.name + where + size
 
 
 def one_product(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -80,6 +83,45 @@ def _formulas(op: str) -> dict[str, tuple[Loss, Loss, str]]:
     return found
 
 
+def _inf_cl() -> Loss:
+    """Inf-CL's loss of both directions. The one without a ring: that one's gradient of the scale
+    needs torch.distributed."""
+    from inf_cl import cal_flash_loss
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        rows = cal_flash_loss(image, text, scale=scale)
+        return (rows.mean() + cal_flash_loss(text, image, scale=scale).mean()) / 2
+
+    return loss
+
+
+def _siglip_kernel() -> Loss:
+    from siglip_kernel import fused_siglip_loss
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return fused_siglip_loss(image, text, scale.log(), bias)
+
+    return loss
+
+
+_GPU_ONLY: dict[str, tuple[str, str, Callable[[], Loss]]] = {  # op -> name, distribution, loss
+    "clip_loss": ("inf_cl", "inf-cl", _inf_cl),
+    "siglip_loss": ("siglip_kernel", "siglip-kernel", _siglip_kernel),
+}
+
+
+def _gpu_peers(op: str) -> list[Provider]:
+    """The fused losses of others, where they are importable and there is a GPU to run them."""
+    name, distribution, build = _GPU_ONLY[op]
+    if not torch.cuda.is_available() or importlib.util.find_spec(name) is None:
+        return []
+    try:
+        version = metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # on PYTHONPATH as a bare folder
+        version = "of an unknown version"
+    return [Provider(name, lambda dynamic: build(), note=f"{distribution} {version}")]
+
+
 def _installed_open_clip(name: str) -> tuple[Loss, str] | None:
     """A loss of open_clip and its version, where that is installed.
 
@@ -99,8 +141,8 @@ def _installed_open_clip(name: str) -> tuple[Loss, str] | None:
 
 
 def peers(op: str) -> list[Provider]:
-    """Every peer of an op: each formula eager and under torch.compile."""
-    return [peer for name in _formulas(op) for peer in _pair(op, name)]
+    """Every peer of an op: each formula eager and under torch.compile, others' fused losses."""
+    return [peer for name in _formulas(op) for peer in _pair(op, name)] + _gpu_peers(op)
 
 
 def _pair(op: str, name: str) -> tuple[Provider, Provider]:

@@ -40,6 +40,7 @@ def this_machine() -> dict[str, Any]:
         "cpu": get("cpu", "model"),
         "cores": get("cpu", "usable_cores"),
         "cpu_flags": get("cpu", "flags"),
+        "gpus": env["gpus"],
         "cpu_isa": get("vlm_kernels", "cpu_isa"),
         "vlm_kernels": get("vlm_kernels", "version"),
         "torch": torch.__version__,
@@ -87,6 +88,7 @@ class Row:
         counts: ours, and run by a kernel of ours rather than by plain PyTorch.
         status: "ok", "error" or "skipped", with the `reason`.
         ms: median of `samples` calls; first_s: the first call, compilation included.
+        eager_ms: on a GPU, where `ms` is a CUDA graph's: an eager call and the wait for it.
         tflops: `flops` over the time; only useful ones, a loss has 6 N M D whatever it recomputes.
         gbps: `bytes` over the time: each input read and each gradient written once.
         roofline_pct: the least time possible at the limits measured in this run, over the time.
@@ -112,6 +114,7 @@ class Row:
     d: int | None = None
     workspace_mb: int | None = None
     threads: int | None = None
+    device: str = "cpu"
     status: str = "ok"
     reason: str = ""
     ms: float | None = None
@@ -119,6 +122,7 @@ class Row:
     ms_p80: float | None = None
     samples: int | None = None
     first_s: float | None = None
+    eager_ms: float | None = None
     flops: float | None = None
     bytes: float | None = None
     tflops: float | None = None
@@ -144,6 +148,8 @@ class Row:
 
 
 FIELDS = tuple(f.name for f in fields(Row))
+_LATER: dict[str, Any] = {"device": "cpu", "eager_ms": None}
+"""Fields that files written before them lack, and what they mean there."""
 
 
 class OtherLoad:
@@ -190,6 +196,7 @@ def read(path: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
+        row = {**_LATER, **row}
         missing = set(FIELDS) - set(row)
         if missing:
             raise ValueError(f"{path}, line {number}: missing {', '.join(sorted(missing))}")

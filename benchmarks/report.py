@@ -68,6 +68,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("ms", lambda r: _number(r["ms"])),
     ("p20-p80", lambda r: f"{_number(r['ms_p20'])}-{_number(r['ms_p80'])}" if r["ms"] else "-"),
     ("n", lambda r: str(r["samples"] or "-")),
+    ("eager ms", lambda r: _number(r["eager_ms"])),
     ("GFLOP/s", lambda r: "-" if r["tflops"] is None else _number(r["tflops"] * 1e3)),
     ("GB/s", lambda r: _number(r["gbps"])),
     ("roofline", lambda r: "-" if r["roofline_pct"] is None else f"{r['roofline_pct']:.0f} %"),
@@ -113,8 +114,10 @@ def _section(
         else:
             previous = line[0]
         lines.append(line)
-    if all(not line[-1] for line in lines):
-        lines = [line[:-1] for line in lines]
+    empty = {i for i, cells in enumerate(zip(*lines[1:], strict=True)) if set(cells) <= {"", "-"}}
+    # the marks, and what only a GPU has
+    dropped = {i for i in empty if lines[0][i] in ("", "eager ms")}
+    lines = [[cell for i, cell in enumerate(line) if i not in dropped] for line in lines]
     return _grid(lines, markdown)
 
 
@@ -140,6 +143,9 @@ def _about(rows: Sequence[Row]) -> list[str]:
     row = rows[0]
     machine = row["machine"]
     commit = (row["commit"] or "unknown")[:12] + (" + local changes" if row["dirty"] else "")
+    gpus = machine.get("gpus") or []
+    if row["device"] == "cuda" and gpus:
+        machine = {**machine, "cpu": f"{gpus[0]} beside {machine['cpu']}"}
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, kernels on {machine['cpu_isa']}, torch "
         f"{machine['torch']} ({machine['torch_capability']}), Python {machine['python']}; "

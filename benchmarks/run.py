@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -65,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peers", type=_peer_names, default="all", help="all, none or names with commas")
     add("--shapes", type=_shapes, help="NxD or NxMxD, with commas (default: those of the targets)")
     add("--workspace-mb", type=_positive, help="of ours (default: its own, and a tight one)")
-    add("--backend", default="auto", help="of ours; `reference` never counts as ours")
+    add("--backend", default="auto", help="of ours, or several with commas; see `explain`")
     add("--threads", type=_positive, default=2)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: graphs, from a cold L2")
     add("--repeats", type=_positive, help="rounds at least (default: 5, quick 3)")
     add("--min-time", type=float, help="seconds of rounds a case at least (default: 2, quick 0.5)")
     add("--quick", action="store_true", help="the smallest shape only, few repeats")
@@ -109,7 +110,11 @@ def _memory_cases(args: argparse.Namespace) -> list[tuple[Case, int | None]]:
 def _providers(
     op: str, workspaces: Sequence[int | None], args: argparse.Namespace
 ) -> list[peers.Provider]:
-    mine = [peers.ours(op, workspace, args.backend) for workspace in workspaces]
+    backends = args.backend.split(",")
+    mine = [peers.ours(op, workspace, b) for b in backends for workspace in workspaces]
+    if len(backends) > 1:
+        pairs = [b for b in backends for _ in workspaces]
+        mine = [replace(ours, backend=b) for ours, b in zip(mine, pairs, strict=True)]
     return mine + peers.choose(op, args.peers)
 
 
@@ -123,6 +128,8 @@ def _repro(row: Row, args: argparse.Namespace) -> str:
     shape = f"{row.n}x{row.m}x{row.d}"
     parts = [f"python -m benchmarks run --op {row.op} --mode {row.mode} --dtype {row.dtype}"]
     parts.append(f"--peers {args.peers} --threads {args.threads}")
+    if args.device != "cpu":
+        parts.append(f"--device {args.device}")
     if args.backend != "auto":
         parts.append(f"--backend {args.backend}")
     if row.workspace_mb is not None:
@@ -163,13 +170,14 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
     torch.set_num_threads(args.threads)
     settings = Settings(
         threads=args.threads,
+        device=args.device,
         backend=args.backend,
         repeats=args.repeats or (3 if args.quick else 5),
         min_time=args.min_time if args.min_time is not None else (0.5 if args.quick else 2.0),
     )
     budget = 1.0 if args.quick else 4.0
     _say("measuring the roofline")
-    limits = roofline.measure(args.dtype, budget)
+    limits = roofline.measure(args.dtype, budget, args.device)
     rows: list[Row] = []
     # Provider objects are made once: errors against fp64 are remembered by them.
     known: dict[tuple[str, tuple[int | None, ...]], list[peers.Provider]] = {}
@@ -180,17 +188,16 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
             known[key] = _providers(case.op, workspaces, args)
         rows += measure.time_case(case, known[key], settings)
     # Again, since the machine may have been busy the first time.
-    limits = limits.best(roofline.measure(args.dtype, budget))
+    limits = limits.best(roofline.measure(args.dtype, budget, args.device))
     finish(rows, limits)
     if args.memory or (args.check and not args.quick):
         for case, workspace in _memory_cases(args):
-            names = args.peers if args.memory else "none"
-            for provider in [
-                peers.ours(case.op, workspace, args.backend),
-                *peers.choose(case.op, names),
-            ]:
+            mine = [(b, peers.ours(case.op, workspace, b)) for b in args.backend.split(",")]
+            rivals = peers.choose(case.op, args.peers if args.memory else "none")
+            for backend, provider in [*mine, *((args.backend, peer) for peer in rivals)]:
                 _say(f"memory of {case}: {provider.key}")
-                rows.append(measure.memory_case(case, provider, settings))
+                own = replace(settings, backend=backend)
+                rows.append(measure.memory_case(case, provider, own))
     if args.check and not args.quick:
         _say("the cost of having it")
         rows += cost.measure_all()

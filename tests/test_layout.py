@@ -18,6 +18,7 @@ CSRC = ROOT / "csrc"
 OPS = sorted(file.stem for file in (PACKAGE / "ops").glob("[a-z]*.py"))
 OP_FILES = (
     "vlm_kernels/reference/{}.py",
+    "vlm_kernels/_triton/{}.py",
     "vlm_kernels/testing/specs/{}.py",
     "csrc/include/vlm/{}.h",
     "csrc/cpu/{}.cpp",

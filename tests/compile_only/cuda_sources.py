@@ -52,8 +52,9 @@ def parse(output: str, mma: dict[tuple[str, str], int]) -> list[Compiled]:
     """Rows from what ptxas prints under -v; `mma` counts by (mangled kernel, architecture)."""
     rows = []
     entries = list(_ENTRY.finditer(output))
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
-        text = output[entry.end() : following.start() if following else None]
+    ends = [following.start() for following in entries[1:]] + [len(output)]
+    for entry, end in zip(entries, ends):
+        text = output[entry.end() : end]
         spills, registers, shared = (p.search(text) for p in (_SPILLS, _REGISTERS, _SHARED))
         if spills is None or registers is None:
             raise ValueError(f"ptxas says nothing of {entry[1]}:\n{text}")

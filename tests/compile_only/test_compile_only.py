@@ -38,7 +38,7 @@ def _triton_variants() -> Iterator[Any]:
 
 
 @needs_triton
-@pytest.mark.parametrize("variant", _triton_variants(), ids=str)
+@pytest.mark.parametrize("variant", list(_triton_variants()), ids=str)
 def test_triton_variant(variant: Any) -> None:
     from tests.compile_only import triton_kernels
 

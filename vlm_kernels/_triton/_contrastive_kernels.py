@@ -4,6 +4,11 @@ Names: x is a tile of the similarity sign(scale) * image text^T, so that |scale|
 logit in both signs; G is dLoss/dx without the factors that all of its entries share.
 `kind` says what the positives are: DIAGONAL, IDS (equal ids) or IGNORE_SAME (the diagonal, other
 equal ids take no part).
+
+tests/compile_only holds each kernel to the line of limits above it; a spill is an instruction. In
+128 x 128 tiles kernels spill in the branch of the tiles that `_touches`, which needs every mask and
+coefficient at once (and METRICS always does); without that branch they do not. Without ids only the
+tiles on the diagonal and at the edges enter it.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -92,6 +97,7 @@ def _moved(entropy, total, shift):
     return tl.exp2(shift) * (entropy + nats)
 
 
+# limits: registers 255, spills 300
 @triton.jit
 def stats_kernel(
     image, text, scale, image_ids, text_ids, row_parts, col_parts, kept_similarity,
@@ -186,6 +192,7 @@ def stats_kernel(
             tl.store(out + 6 * long, row_other, mask=inside)
 
 
+# limits: registers 64, spills 0
 @triton.jit
 def merge_kernel(
     parts, stats, scale, count, length, part_length, stats_stride, fields, fresh, smoothing,
@@ -249,6 +256,7 @@ def merge_kernel(
         tl.store(old + 6 * stats_stride, best_negative, mask=inside)
 
 
+# limits: registers 255, spills 140
 @triton.jit
 def clip_grads_kernel(
     image, text, scale, image_ids, text_ids, row_coefs, col_coefs, kept_similarity, grads, sums,
@@ -323,6 +331,7 @@ def _log1p_unit(e):
     return p * e
 
 
+# limits: registers 255, spills 240
 @triton.jit
 def sigmoid_kernel(
     image, text, scale, bias, image_ids, text_ids, row_weight, col_weight, losses, grads, sums,

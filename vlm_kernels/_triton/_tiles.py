@@ -20,8 +20,8 @@ class Tile(NamedTuple):
 
 
 INTERPRETER = 0
-# Bytes of an element; whether there are enough tiles for every multiprocessor. The limits that
-# tests/compile_only holds them to stand in contrastive.py.
+# By architecture, bytes of an element, and whether large tiles are enough for every multiprocessor.
+# Chosen by what the compiler says of them (make kernels); no GPU has timed them yet.
 _TABLE = {
     (INTERPRETER, 2, True): Tile(64, 64, 64, 4, 1),
     (80, 2, True): Tile(128, 128, 32, 8, 3),
