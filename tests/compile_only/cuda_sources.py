@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -74,11 +76,13 @@ def parse(output: str, mma: dict[tuple[str, str], int]) -> list[Compiled]:
 
 def _mma(compiler: str, out: Path) -> dict[tuple[str, str], int]:
     """Tensor-core instructions by (mangled kernel, architecture), where there is a cuobjdump."""
-    tool = Path(compiler).resolve().with_name("cuobjdump")
-    found = str(tool) if tool.is_file() else shutil.which("cuobjdump")
+    # it calls nvdisasm, which lies beside it
+    path = os.pathsep.join([str(Path(compiler).resolve().parent), os.environ["PATH"], *_wheel()])
+    found = shutil.which("cuobjdump", path=path)
     if found is None:
         return {}
-    done = subprocess.run([found, "-sass", str(out)], capture_output=True, text=True)
+    command = [found, "-sass", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
     counts: dict[tuple[str, str], int] = {}
     arch = kernel = ""
     for line in done.stdout.splitlines():
@@ -87,9 +91,17 @@ def _mma(compiler: str, out: Path) -> dict[tuple[str, str], int]:
         elif match := re.search(r"Function : (\w+)", line):
             kernel = match[1]
             counts[kernel, arch] = 0
-        elif re.search(r"\bH?G?MMA\b|\bHMMA|\bHGMMA", line):
+        elif re.search(r"\bHG?MMA\b", line):
             counts[kernel, arch] += 1
     return counts
+
+
+def _wheel() -> list[str]:
+    """The folder where Triton keeps its cuobjdump, if Triton is installed."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return []
+    return [str(Path(found.origin).parent / "backends" / "nvidia" / "bin")]
 
 
 def limits_of(kernel: str, limits: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -104,4 +116,6 @@ def readable(kernel: str) -> str:
     if tool is None:
         return kernel
     done = subprocess.run([tool, kernel], capture_output=True, text=True)
-    return done.stdout.strip().removeprefix("void ").split("(")[0] or kernel
+    name = done.stdout.strip().removeprefix("void ").replace("(anonymous namespace)::", "")
+    end = name.rfind(">(") + 1 or name.find("(")
+    return name[:end] or kernel
