@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -360,7 +360,7 @@ class _Similarity(torch.autograd.Function):
         )
 
 
-def _eager_losses(op: str, dtype: torch.dtype) -> list[Callable[..., Any]]:
+def _eager_losses(op: str, seed: int) -> list[Callable[..., Any]]:
     """The formula of the op in eager PyTorch: as it stands, and with the products of hardware.
 
     The order in which eager sums a product depends on the shape and the CPU: for less than 16 rows
@@ -369,13 +369,16 @@ def _eager_losses(op: str, dtype: torch.dtype) -> list[Callable[..., Any]]:
     """
     function = getattr(reference, op)
 
-    def loss(largest: float, image: Tensor, text: Tensor, *args: Any, **keywords: Any) -> Any:
+    # A gradient of a few values, as that of a softmax is at a scale of almost 0, is the same for
+    # all seeds, and so would its luck be.
+    largest = 2.0 ** -((seed + 0.5) / SEEDS)
+
+    def on_hardware(image: Tensor, text: Tensor, *args: Any, **keywords: Any) -> Any:
         # Times the identity, which is exact, because the reference takes features only.
         similarity = _Similarity.apply(image, text, largest)
         return function(similarity, torch.eye(len(text)), *args, **keywords)
 
-    scales = (1.0, 0.84, 0.71) if dtype.itemsize == 2 else (1.0,)
-    return [function, *(partial(loss, largest) for largest in scales)]
+    return [function, on_hardware]
 
 
 def _terms(case: Case, exact: dict[str, Tensor], grad: float = 1.0) -> dict[str, float]:
@@ -429,9 +432,7 @@ def truth(case: Case, seed: int = 0, grad: float = 1.0) -> dict[str, Truth]:
     torch.set_num_threads(1)
     try:
         exact = evaluate(function, inputs.to(torch.float64), keywords, grad)
-        results = [
-            evaluate(fn, inputs, keywords, grad) for fn in _eager_losses(case.op, case.dtype)
-        ]
+        results = [evaluate(fn, inputs, keywords, grad) for fn in _eager_losses(case.op, seed)]
     finally:
         torch.set_num_threads(threads)
     terms = _terms(case, exact, grad)
