@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -146,25 +149,104 @@ def flushes_small_gradients(*args: Tensor, **keywords: object) -> Tensor:
     return reference.siglip_loss(image, text, *rest)
 
 
+def of_similarity(change: Callable[[Tensor], Tensor], op: str = "clip_loss") -> Any:
+    """The loss with one change to the products of the features."""
+
+    def loss(image: Tensor, text: Tensor, *rest: Tensor, **_: object) -> Tensor:
+        similarity = change(image.float() @ text.float().T)
+        # Times the identity, which is exact, because the reference takes features only.
+        return getattr(reference, op)(similarity, torch.eye(len(text)), *rest)
+
+    loss.__name__ = change.__name__
+    return loss
+
+
+@of_similarity
+def rounds_one_logit(similarity: Tensor) -> Tensor:
+    rounded = similarity.clone()
+    rounded[1, 1] = similarity[1, 1].bfloat16()
+    return rounded
+
+
+@of_similarity
+def drops_six_bits_of_logits(similarity: Tensor) -> Tensor:
+    step = 2.0**-18 * similarity.detach().abs().max()
+    return similarity + ((similarity / step).round() * step - similarity).detach()
+
+
+@of_similarity
+def doubles_the_gradient_of_a_row(similarity: Tensor) -> Tensor:
+    row = torch.arange(len(similarity))[:, None] == 1
+    return torch.where(row, 2 * similarity - similarity.detach(), similarity)
+
+
+@of_similarity
+def rounds_gradients_with_their_divisor(similarity: Tensor) -> Tensor:
+    """As small as for N = 30 000, they are less than fp16 has."""
+    similarity = similarity * 1
+    similarity.register_hook(lambda grad: (grad / 1e4).half().float() * 1e4)
+    return similarity
+
+
+def products_in_tf32(image: Tensor, text: Tensor, *rest: Tensor, **_: object) -> Tensor:
+    def cut(x: Tensor) -> Tensor:  # to 11 bits, which fp16 has as well
+        return x + (x.half().float() - x).detach()
+
+    return reference.clip_loss(cut(image), cut(text), *rest)
+
+
+def shares_one_shift(image: Tensor, text: Tensor, scale: Tensor, *_: object) -> Tensor:
+    """One maximum for all rows and columns: the sum of an opposed one underflows."""
+    logits = image @ text.T * scale
+    shift = logits.detach().max()
+    e = (logits - shift).exp()
+    tiny = torch.finfo(torch.float32).tiny
+    row, column = (shift + e.sum(dim).clamp(min=tiny).log().mean() for dim in (1, 0))
+    return (row + column) / 2 - logits.diag().mean()
+
+
+def adds_one_before_the_log(image: Tensor, text: Tensor, *rest: Tensor, **_: object) -> Tensor:
+    """log(1 + e), not log1p(e), of negatives."""
+    scale, bias = rest
+    return (1 + (image @ text.T * scale + bias).exp()).log().sum() / len(image)
+
+
+SQUARE = Case(64, 64, 32)
+TINY = Case(4, 4, 127, data="opposed_column")  # the norm of its gradients averages nothing
+FP16 = Case(300, 300, 16, torch.float16, scale=14.3)
+NEGATIVES = Variant("siglip_loss", "no_positive")
+
+
 @pytest.mark.parametrize(
     ("wrong", "case"),
     [
-        (half_the_scale_gradient, Case(64, 64, 32)),
-        (rounds_logits, Case(64, 64, 32, torch.float32)),
+        (half_the_scale_gradient, SQUARE),
+        (rounds_logits, SQUARE),
+        (rounds_logits, TINY),
+        (rounds_one_logit, TINY),
+        (drops_six_bits_of_logits, SQUARE),
+        (drops_six_bits_of_logits, Case(300, 300, 16)),
+        (doubles_the_gradient_of_a_row, Case(300, 300, 16)),
+        (doubles_the_gradient_of_a_row, Case(300, 300, 16, torch.bfloat16)),
+        (doubles_the_gradient_of_a_row, TINY),
+        (rounds_gradients_with_their_divisor, FP16),
+        (products_in_tf32, SQUARE),
+        (products_in_tf32, TINY),
+        (shares_one_shift, replace(SQUARE, data="opposed_row")),
+        (shares_one_shift, TINY),
+        (adds_one_before_the_log, Case(64, 64, 32, torch.float32, NEGATIVES, 10.0, -16.5)),
         (forgets_the_last_row, Case(300, 300, 16)),
         (forgets_the_last_row, Case(300, 300, 16, torch.bfloat16)),
-        (
-            flushes_small_gradients,
-            Case(64, 64, 32, torch.float16, Variant("siglip_loss", "no_positive"), 10.0, -10.0),
-        ),
+        (forgets_the_last_row, TINY),
+        (flushes_small_gradients, Case(64, 64, 32, torch.float16, NEGATIVES, 10.0, -10.0)),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_check_refuses(wrong: object, case: Case) -> None:
+def test_check_refuses(wrong: Any, case: Case) -> None:
     right = getattr(reference, case.op)
     spec.check(case, right)
-    with pytest.raises(AssertionError):
-        spec.check(case, lambda *args, **_: wrong(*args))  # type: ignore[operator]
+    with pytest.raises(AssertionError, match="limit"):
+        spec.check(case, lambda *args, **_: wrong(*args))
 
 
 def test_truth_is_found_once_and_leaves_the_threads_alone() -> None:
@@ -185,6 +267,37 @@ def test_scalars_are_judged_by_the_worst_of_the_seeds() -> None:
     spec.check_result(case, "loss", exact + 0.99 * limit * size)
     with pytest.raises(AssertionError):
         spec.check_result(case, "loss", exact + 1.01 * limit * size)
+
+
+def test_tensors_with_much_to_average_are_judged_alike_by_all_seeds() -> None:
+    """So that the largest error of the seeds is no looser for them than one."""
+    case = Case(300, 300, 64, scale=14.3)
+    for name in ("image_features.grad", "text_features.grad"):
+        errors = [spec.truth(case, seed)[name].eager for seed in range(tolerances.SEEDS)]
+        assert max(errors) < 1.1 * min(errors)
+
+
+def test_the_limit_is_that_of_the_largest_error() -> None:
+    errors = [1e-5, 3e-5, 2e-5]
+    limit = 2 * 3e-5 + TABLE["fwd"].ulps * ULP
+    assert_close("x", off_by(0.999 * limit), iter(errors), EXACT)
+    with pytest.raises(AssertionError, match=r"eager 3\.000e-05"):
+        assert_close("x", off_by(1.001 * limit), iter(errors), EXACT)
+
+
+def test_no_seed_more_than_needed() -> None:
+    errors = iter([1e-5, 3e-5])
+    assert_close("x", off_by(1e-5), errors, EXACT)
+    assert list(errors) == [3e-5]
+
+
+def test_the_error_of_a_product_does_not_depend_on_the_number_of_rows() -> None:
+    """As it does in eager, for which the results of few rows would set the limit."""
+    x, y, *_ = spec.make_inputs(64, 64, 300)
+    few = spec.product_in_order(x[:3], y.T)
+    assert torch.equal(few, spec.product_in_order(x, y.T)[:3])
+    exact = x[:3].double() @ y.T.double()
+    assert 0 < relative_error(few, exact) < spec.DEPTH * ULP
 
 
 def test_cases_cover_each_choice_with_each_dtype() -> None:

@@ -18,7 +18,7 @@ namespace vlm::cpu::VLM_ISA {
 namespace {
 
 constexpr int64_t kRows = 128;      // rows of a tile
-constexpr int64_t kTilePanels = 4;  // panels an epilogue sees at once
+constexpr int64_t kTilePanels = 2;  // panels an epilogue sees at once
 constexpr int64_t kTileCols = kTilePanels * kPanel;
 constexpr int64_t kSplit = 256;  // columns of X one unit of dY^T takes
 constexpr int64_t kPad = 32;     // keeps leading dimensions off multiples of a page
@@ -356,10 +356,13 @@ struct GradTile {
         store(g.panels + panel + kPanel, (vu)y);
       }
     } else {
-      const vu a = bf16_bits(x), b = bf16_bits(y);
-      store(g.rows + at, __builtin_convertvector(a >> 16, vh));
-      store(g.rows + at + g.ld, __builtin_convertvector(b >> 16, vh));
-      if (g.panels) store(g.panels + panel, (a >> 16) | (b & 0xffff0000u));
+      const vh a = to_bf16_native(x), b = to_bf16_native(y);
+      store(g.rows + at, a);
+      store(g.rows + at + g.ld, b);
+      if (g.panels) {
+        store(g.panels + panel, __builtin_convertvector(a, vu) | __builtin_convertvector(b, vu)
+                                                                     << 16);
+      }
     }
   }
 };
@@ -412,10 +415,77 @@ struct ClipEpilogue {
     }
   }
 
+  // Both directions from one exponential: with h = max_i, k = max_j and u = exp((h - k) / 2),
+  //   a exp(x - h) + b exp(x - k) = exp(x - (h + k) / 2) (a / u + b u),
+  // and u is a row's factor times a column's. The rounding of (h + k) / 2 costs fp32's last digits,
+  // which G in 16 bits does not have. False where the maxima are too far apart for the exponent.
+  template <class T>
+  bool tile_of_one_exponential(const Tile& t, const GradTile<T>& out) const {
+    constexpr float kRange = 60.f;
+    const vf c = broadcast(log2_scale);
+    const int64_t cols = t.panels * kPanel;
+    vf low = broadcast(-kLowest), high = broadcast(kLowest);
+    const auto widen = [&](const float* maxima, int64_t count) {
+      for (int64_t v = 0; v < count; v += kLanes) {
+        vf x = broadcast(maxima[v]);
+        std::memcpy(&x, maxima + v, min(kLanes, count - v) * sizeof(float));
+        low = x < low ? x : low;
+        high = x < high ? high : x;  // takes a NaN
+      }
+    };
+    widen(row.max + t.row, t.rows);
+    widen(col.max + t.col, cols);
+    const float from = -hmax(-low), to = hmax(high);
+    vi in_range = (high - broadcast(from)) * c <= kRange;
+    for (int i = 0; i < kLanes; ++i) {
+      if (!in_range[i]) return false;
+    }
+    const vf middle = broadcast(0.5f * (from + to)), half = 0.5f * c;
+    alignas(64) float row_factor[kRows], half_max[kTileCols], factor[kTileCols], ratio[kTileCols];
+    for (int64_t v = 0; v < t.rows; v += kLanes) {
+      vf x = {};
+      std::memcpy(&x, row.max + t.row + v, min(kLanes, t.rows - v) * sizeof(float));
+      store(row_factor + v, exp2((x - middle) * half));
+    }
+    for (int64_t v = 0; v < cols; v += kLanes) {
+      const vf x = load(col.max + t.col + v), u = exp2((x - middle) * half);
+      store(half_max + v, x * 0.5f);
+      store(factor + v, u);
+      store(ratio + v, load(col.softmax + t.col + v) / u);
+    }
+    for (int64_t r = 0; r < t.rows; r += 2) {
+      vf sums[2] = {}, u[2] = {}, a[2] = {}, h[2] = {};
+      const int64_t pair = min(2, t.rows - r);
+      for (int64_t k = 0; k < pair; ++k) {
+        u[k] = broadcast(row_factor[r + k]);
+        a[k] = broadcast(row.softmax[t.row + r + k] / row_factor[r + k]);
+        h[k] = broadcast(row.max[t.row + r + k] * 0.5f);
+      }
+      for (int64_t p = 0; p < t.panels; ++p) {
+        for (int64_t v = 0; v < kPanel / kLanes; ++v) {
+          const int64_t j = p * kPanel + v * kLanes;
+          const vf kj = load(half_max + j), uj = load(factor + j), bj = load(ratio + j);
+          vf g[2] = {};
+          for (int64_t k = 0; k < pair; ++k) {
+            const vf x = Tile::at(t, r + k, p, v);
+            g[k] = exp2((x - (h[k] + kj)) * c) * (a[k] * uj + u[k] * bj);
+            sums[k] += g[k] * x;
+          }
+          GradTile<T>::put(out, r, p, v, g[0], g[1]);
+        }
+      }
+      for (int64_t k = 0; k < pair; ++k) similarity[t.row + r + k] += hsum(sums[k]);
+    }
+    return true;
+  }
+
   template <class T>
   void run(const Tile& t, const GradTile<T>& out) const {
     const bool masked = masks.touches(t) || row.kept || col.kept;
     if (row.max && col.max) {
+      if constexpr (sizeof(T) == 2) {
+        if (!masked && tile_of_one_exponential(t, out)) return;
+      }
       masked ? tile<T, true, true, true>(t, out) : tile<T, false, true, true>(t, out);
     } else if (row.max) {
       masked ? tile<T, true, true, false>(t, out) : tile<T, false, true, false>(t, out);
@@ -435,11 +505,11 @@ struct SigmoidEpilogue {
   float* similarity;  // (N,) sums of G * S, or null
   float* logit;       // (N,) sums of G, or null
 
-  template <class T, bool kMasked, bool kGrad>
+  template <class T, bool kPlain, bool kGrad>
   void tile(const Tile& t, const GradTile<T>& out) const {
-    const vf one = broadcast(1.f), zero = {};
+    const vf zero = {};
     for (int64_t r = 0; r < t.rows; r += 2) {
-      vf losses[2] = {}, by_similarity[2] = {}, by_logit[2] = {};
+      vf losses[2] = {}, products[2] = {}, by_similarity[2] = {}, by_logit[2] = {};
       for (int64_t p = 0; p < t.panels; ++p) {
         for (int64_t v = 0; v < kPanel / kLanes; ++v) {
           const int64_t j = t.col + p * kPanel + v * kLanes;
@@ -448,26 +518,29 @@ struct SigmoidEpilogue {
             if (r + h >= t.rows) break;
             const int64_t i = t.row + r + h;
             const vf x = Tile::at(t, r + h, p, v);
-            vf z = x * scale + bias;
+            vf z = x * scale + bias, w = broadcast(row_weight ? row_weight[i] : 1.f);
             vi positive = {}, excluded = {};
-            if (kMasked) {
+            if (!kPlain) {
               Masks::get(masks, i, j, positive, excluded);
               z = positive ? -z : z;
+              if (col_weight) w *= load(col_weight + j);
             }
-            const vf e = exp(z > 0.f ? -z : z);
-            vf w = broadcast(row_weight ? row_weight[i] : 1.f);
-            if (col_weight) w *= load(col_weight + j);
-            const vf loss = w * ((z > 0.f ? z : zero) + log1p_unit(e));
-            losses[h] += kMasked ? (excluded ? zero : loss) : loss;
+            const vi above = z > 0.f;
+            const vf e = exp(above ? -z : z), linear = above ? z : zero;
+            if (kPlain) {  // the logarithm of a product, kept as what it is above 1
+              losses[h] += linear;
+              products[h] += e * products[h] + e;
+            } else {
+              losses[h] += excluded ? zero : w * (linear + log1p_unit(e));
+            }
             if constexpr (kGrad) {
-              vf y = w * ((z > 0.f ? one : e) / (e + 1.f));
-              vf yx = y * x;
-              if (kMasked) {
+              const vf inverse = reciprocal(e + 1.f);
+              vf y = w * (above ? inverse : e * inverse);
+              if (!kPlain) {
                 y = positive ? -y : y;
                 y = excluded ? zero : y;
-                yx = excluded ? zero : y * x;
               }
-              by_similarity[h] += yx;
+              by_similarity[h] += kPlain ? y * x : excluded ? zero : y * x;
               by_logit[h] += y;
               g[h] = y;
             }
@@ -477,7 +550,12 @@ struct SigmoidEpilogue {
       }
       for (int64_t h = 0; h < 2 && r + h < t.rows; ++h) {
         const int64_t i = t.row + r + h;
-        row_loss[i] += hsum(losses[h]);
+        if (kPlain) {
+          const float w = row_weight ? row_weight[i] : 1.f;
+          row_loss[i] += w * hsum(losses[h] + log1p(products[h]));
+        } else {
+          row_loss[i] += hsum(losses[h]);
+        }
         if (kGrad) {
           similarity[i] += hsum(by_similarity[h]);
           logit[i] += hsum(by_logit[h]);
@@ -488,7 +566,10 @@ struct SigmoidEpilogue {
 
   template <class T, bool kGrad>
   void run(const Tile& t, const GradTile<T>& out) const {
-    masks.touches(t) ? tile<T, true, kGrad>(t, out) : tile<T, false, kGrad>(t, out);
+    // At most 16 factors of 1 to 2 in a product.
+    static_assert(kTileCols / kLanes <= 100);
+    const bool plain = !masks.touches(t) && !col_weight;
+    plain ? tile<T, true, kGrad>(t, out) : tile<T, false, kGrad>(t, out);
   }
 };
 
@@ -502,7 +583,7 @@ template <class T>
 struct Scratch {
   uint32_t* text_t;       // text^T as B operand of S: [panel][D words][64]
   T* text_rows;           // text as B operand of dX: [D / 64][bn][64]
-  T* image_t;             // image^T as A operand of dY^T: (D, bm + pad)
+  T* image_t;             // image^T as A operand of dY^T: [block of rows, or 1](D, bm + pad)
   uint32_t* grad_panels;  // G as B operand of dY^T: [panel][bm][64]
   float* text_grad;       // dY^T of the block: [panel][D][64]
   float* image_grad;      // dX (N, D) of 16-bit inputs
@@ -522,12 +603,14 @@ struct Scratch {
 struct Plan {
   int64_t n, m, d;
   int64_t bm, bn;
-  int64_t depth;     // rows that one multiply of dY^T sums
-  int64_t image_ld;  // of converted image rows
+  int64_t depth;        // rows that one multiply of dY^T sums
+  int64_t image_ld;     // of converted image rows
+  bool transpose_once;  // image^T of all rows is kept, not of one block
   Pass pass;
   bool f32_out;
 
   int64_t words(int64_t per_word) const { return ceil_div(d, per_word); }
+  int64_t image_t_size() const { return d * (bm + kPad); }
 };
 
 template <class T>
@@ -539,7 +622,7 @@ int64_t carve(const Plan& p, int threads, char* base, Scratch<T>* out) {
   if (p.pass.image) s.text_rows = arena.take<T>(ceil_div(p.d, kPanel) * p.bn * kPanel);
   if (p.pass.image && !p.f32_out) s.image_grad = arena.take<float>(p.n * p.d);
   if (p.pass.text) {
-    s.image_t = arena.take<T>(p.d * (p.bm + kPad));
+    s.image_t = arena.take<T>((p.transpose_once ? ceil_div(p.n, p.bm) : 1) * p.image_t_size());
     s.grad_panels = arena.take<uint32_t>(panels * p.bm / kPerWord<T> * kPanel);
     s.text_grad = arena.take<float>(panels * p.d * kPanel);
   }
@@ -584,6 +667,8 @@ Plan make_plan(const ContrastiveInputs& in, Pass pass) {
     rows *= 2;
   }
   bytes(rows, threads);
+  p.transpose_once = true;
+  p.transpose_once = bytes(rows, threads) <= budget;
   return p;
 }
 
@@ -726,8 +811,8 @@ class Blocks {
     parallel_for(ceil_div(rows, kRows), [&](int64_t t, int thread) {
       const RowTile row = row_tile(i0 + t * kRows, i0 + rows, thread);
       const int64_t local = t * kRows;
-      if (plan_.pass.text) {
-        pack_transposed<T>(in_.image, in_.dtype, row.row, row.rows, scratch_.image_t + local,
+      if (plan_.pass.text && (j0 == 0 || !plan_.transpose_once)) {
+        pack_transposed<T>(in_.image, in_.dtype, row.row, row.rows, image_t(i0) + local,
                            plan_.bm + kPad);
       }
       const GradTile<T> g = grad_tile(local, thread);
@@ -759,6 +844,10 @@ class Blocks {
         }
       }
     });
+  }
+
+  T* image_t(int64_t i0) const {
+    return scratch_.image_t + (plan_.transpose_once ? i0 / plan_.bm * plan_.image_t_size() : 0);
   }
 
   uint32_t* text_panel(int64_t p) const {
@@ -832,10 +921,10 @@ class Blocks {
                   const MutableMatrixRef& out) const {
     const int64_t d = plan_.d, splits = ceil_div(d, kSplit);
     parallel_for(panels * splits, [&](int64_t unit, int) {
-      const int64_t p = unit / splits, first = unit % splits * kSplit;
+      const int64_t p = unit % panels, first = unit / panels * kSplit;  // X^T stays in the cache
       float* c = scratch_.text_grad + p * d * kPanel + first * kPanel;
       for (int64_t k = 0; k < depth; k += plan_.depth) {
-        const T* a = scratch_.image_t + first * (plan_.bm + kPad) + k;
+        const T* a = image_t(i0) + first * (plan_.bm + kPad) + k;
         const T* b = reinterpret_cast<const T*>(scratch_.grad_panels) + (p * plan_.bm + k) * kPanel;
         gemm_({min(kSplit, d - first), kPanel, min(plan_.depth, depth - k), plan_.bm + kPad, kPanel,
                kPanel, i0 + k > 0},

@@ -24,10 +24,19 @@ int thread_index() {
   return static_cast<int>(index);
 }
 
-void parallel_ranges(int64_t count, void (*fn)(int64_t, int64_t, void*), void* context) {
+void on_threads(int64_t count, void (*fn)(void*), void* context) {
   if (count <= 0) return;
-  if (count == 1) return fn(0, 1, context);  // saves the pool's wake-up
-  if (torch_parallel_for(0, count, 1, fn, context) != 0) {
+  if (count == 1) return fn(context);  // saves the pool's wake-up
+  struct Call {
+    void (*fn)(void*);
+    void* context;
+  } call{fn, context};
+  // A range may hold several of the indices; the first empties the queue.
+  const auto run = [](int64_t, int64_t, void* c) {
+    static_cast<Call*>(c)->fn(static_cast<Call*>(c)->context);
+  };
+  const int64_t threads = num_threads();
+  if (torch_parallel_for(0, count < threads ? count : threads, 1, run, &call) != 0) {
     throw std::runtime_error("vlm_kernels: a parallel CPU kernel failed; see the message above");
   }
 }

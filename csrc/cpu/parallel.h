@@ -8,20 +8,28 @@ namespace vlm {
 int num_threads();
 int thread_index();  // of the calling thread inside parallel_for, in [0, num_threads())
 
-// fn(begin, end, context) over a split of [0, count); rethrows what fn throws.
-void parallel_ranges(int64_t count, void (*fn)(int64_t, int64_t, void*), void* context);
+// fn(context) once on each of `count` threads at most; rethrows what fn throws.
+void on_threads(int64_t count, void (*fn)(void*), void* context);
 
-// body(index, thread) for each index of [0, count), over torch's threads.
+// body(index, thread) for each index of [0, count), over torch's threads. A thread takes the next
+// index when it is free, since cores are rarely equally fast.
 template <class Body>
 void parallel_for(int64_t count, const Body& body) {
-  parallel_ranges(
+  struct Queue {
+    const Body& body;
+    int64_t count, next;
+  } queue{body, count, 0};
+  on_threads(
       count,
-      [](int64_t begin, int64_t end, void* context) {
-        const Body& body = *static_cast<const Body*>(context);
+      [](void* context) {
+        Queue& queue = *static_cast<Queue*>(context);
         const int thread = thread_index();
-        for (int64_t i = begin; i < end; ++i) body(i, thread);
+        int64_t i;
+        while ((i = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED)) < queue.count) {
+          queue.body(i, thread);
+        }
       },
-      const_cast<void*>(static_cast<const void*>(&body)));
+      &queue);
 }
 
 }  // namespace vlm

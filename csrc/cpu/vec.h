@@ -1,6 +1,7 @@
 // Sixteen-lane vectors for the CPU kernels, written once: the compiler lowers them to one zmm, two
-// ymm or four xmm registers. Only for files compiled per ISA (namespace cpu::VLM_ISA); keep STL and
-// torch headers out of those, since an inline function compiled for AVX may win at link time.
+// ymm or four xmm registers. Five AVX-512 instructions that it does not find are named here. Only
+// for files compiled per ISA (namespace cpu::VLM_ISA); keep STL and torch headers out of those,
+// since an inline function compiled for AVX may win at link time.
 #pragma once
 
 #include <cstdint>
@@ -72,39 +73,81 @@ VLM_INLINE float hmax(vf x) {
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLowest = -3.402823466e+38f;
 
-// 2^(n + f), f in [-1/2, 1/2], n in the low mantissa bits of `shifted`. Chebyshev fit of degree 6:
-// the rounding of fp32 is what is left.
-VLM_INLINE vf exp2_parts(vf shifted, vf f) {
+// 2^f, f in [-1/2, 1/2]. Chebyshev fit of degree 6: the rounding of fp32 is what is left.
+VLM_INLINE vf exp2_fraction(vf f) {
   vf p = f * 1.54697320e-4f + 1.34004322e-3f;
   p = p * f + 9.6180256e-3f;
   p = p * f + 5.55032721e-2f;
   p = p * f + 2.40226512e-1f;
   p = p * f + 6.93147207e-1f;
-  p = p * f + 1.f;
-  return (vf)((vu)p + ((vu)shifted << 23));
+  return p * f + 1.f;
 }
 
-constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+// x, or `low` if that is larger; NaN stays NaN.
+VLM_INLINE vf at_least(vf x, float low) {
+#ifdef __AVX512F__
+  asm("vmaxps %1, %2, %0" : "=v"(x) : "v"(x), "v"(broadcast(low)));
+  return x;
+#else
+  return x < low ? broadcast(low) : x;
+#endif
+}
+
+// round(x) and, for |x| <= 126, p 2^round(x); NaN stays NaN.
+struct Rounded {
+  vf value;
+#ifndef __AVX512F__
+  vf shifted;
+#endif
+
+  VLM_INLINE Rounded of(vf x) {
+#ifdef __AVX512F__
+    asm("vrndscaleps $8, %1, %0" : "=v"(x) : "v"(x));  // to nearest, no exceptions
+    return {x};
+#else
+    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+    const vf shifted = x + kMagic;
+    return {shifted - kMagic, shifted};
+#endif
+  }
+  VLM_INLINE vf scale(const Rounded& n, vf p) {
+#ifdef __AVX512F__
+    asm("vscalefps %2, %1, %0" : "=v"(p) : "v"(p), "v"(n.value));
+    return p;
+#else
+    const vf r = (vf)((vu)p + ((vu)n.shifted << 23));
+    return p == p ? r : p;
+#endif
+  }
+};
 
 // 2^x for x <= 127 (junk above); about 1e-38 below -126 and for -inf; NaN stays NaN.
 VLM_INLINE vf exp2(vf x) {
-  const vf y = x < -126.f ? broadcast(-126.f) : x;
-  const vf shifted = y + kRoundMagic;
-  const vf r = exp2_parts(shifted, y - (shifted - kRoundMagic));
-  return x == x ? r : x;
+  const vf y = at_least(x, -126.f);
+  const Rounded n = Rounded::of(y);
+  return Rounded::scale(n, exp2_fraction(y - n.value));
 }
 
 // e^x likewise, for x <= 0: log2(e) in two parts, so that the error does not grow with |x|.
 VLM_INLINE vf exp(vf x) {
-  const vf y = x < -87.f ? broadcast(-87.f) : x;
-  const vf shifted = y * kLog2e + kRoundMagic;
-  vf f = y * kLog2e - (shifted - kRoundMagic);
-  f = y * 1.925963033500e-8f + f;
-  const vf r = exp2_parts(shifted, f);
-  return x == x ? r : x;
+  const vf y = at_least(x, -87.f);
+  const Rounded n = Rounded::of(y * kLog2e);
+  const vf f = y * kLog2e - n.value;
+  return Rounded::scale(n, exp2_fraction(y * 1.925963033500e-8f + f));
 }
 
-// log(1 + e) for e in [0, 1]; relative error 1e-7 however small e is (Chebyshev fit of
+// 1 / x for x in [1, 2], within an ulp.
+VLM_INLINE vf reciprocal(vf x) {
+#ifdef __AVX512F__
+  vf r;
+  asm("vrcp14ps %1, %0" : "=v"(r) : "v"(x));
+  return r * (2.f - x * r);
+#else
+  return 1.f / x;
+#endif
+}
+
+// log(1 + e) for e in [0, 1]: relative error 1e-7 however small e is (Chebyshev fit of
 // log1p(e) / e, degree 9).
 VLM_INLINE vf log1p_unit(vf e) {
   vf p = e * -0.00325637848f + 0.019907161f;
@@ -126,8 +169,30 @@ VLM_INLINE vu bf16_bits(vf x) {
   return x == x ? rounded : (bits | 0x00400000u);
 }
 
+// log(1 + q) for q in [0, 2^100]: relative error 1e-7 however small q is; NaN stays NaN.
+VLM_INLINE vf log1p(vf q) {
+  const vf u = q + 1.f;
+  const vi exponent = ((vi)u >> 23) - 127;
+  const vf mantissa = (vf)((vi)u - (exponent << 23));
+  const vf lost = q - (u - 1.f);  // by the rounding of u, where 1 is the larger
+  const vf small = lost / u;
+  const vf r = __builtin_convertvector(exponent, vf) * 6.93147181e-1f + log1p_unit(mantissa - 1.f);
+  return q == q ? r + (q < 1.f ? small : vf{}) : q;
+}
+
 VLM_INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 VLM_INLINE vh to_bf16(vf x) { return __builtin_convertvector(bf16_bits(x) >> 16, vh); }
+
+// The same by the instruction of CPUs with avx512_bf16: only where the products run in bf16.
+VLM_INLINE vh to_bf16_native(vf x) {
+#ifdef __AVX512F__
+  vh y;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));
+  return y;
+#else
+  return to_bf16(x);
+#endif
+}
 
 // IEEE half to float: shift the exponent by a multiplication, which also handles subnormals.
 VLM_INLINE vf from_f16(vh x) {

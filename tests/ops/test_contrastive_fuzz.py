@@ -67,8 +67,9 @@ def cases(draw: st.DrawFn, op: str) -> Case:
         n,
         n if draw(st.booleans()) else m,
         # Normalised rows of a few columns take a few values only, and so does the gradient of S:
-        # its rounding to 16 bits then errs the same way everywhere, and L2 norms tell luck.
-        d + 8 if dtype.itemsize == 2 else d,
+        # its rounding to 16 bits then errs the same way everywhere, and L2 norms tell luck. With
+        # one column they are +-1, and so do fp32 sums of hundreds of equal terms.
+        d + 8 if dtype.itemsize == 2 else max(d, 2),
         dtype,
         draw(variants(op)),
         draw(scales),

@@ -47,9 +47,20 @@ ready = inputs({n}, {m}, {d})
 """
 
 
-def peak(op: str, n: int, m: int, d: int, dtype: str, workspace_mb: int, grad: bool) -> int:
+def assert_peak(
+    limit: int, op: str, n: int, m: int, d: int, dtype: str, workspace_mb: int, grad: bool
+) -> None:
+    """A step needs at most `limit` bytes above its inputs."""
     fields = {"op": op, "n": n, "m": m, "d": d, "dtype": dtype, "grad": grad}
-    return timing.peak_rss_delta(SETUP.format(workspace_mb=workspace_mb, **fields), "step(ready)")
+    setup = SETUP.format(workspace_mb=workspace_mb, **fields)
+    # Threads that spin while they wait keep the other tests' from the cores, and theirs these.
+    env = {"OMP_WAIT_POLICY": "passive"}
+    # Pages of libraries that the system took while we waited and now brings back are counted too;
+    # what we allocate is the same each time.
+    peaks = []
+    while not peaks or (peaks[-1] > limit and len(peaks) < 3):
+        peaks.append(timing.peak_rss_delta(setup, "step(ready)", env=env))
+    assert min(peaks) <= limit, f"{[f'{peak / MB:.1f} MB' for peak in peaks]}, not {limit / MB:.1f}"
 
 
 @needs_cpu
@@ -57,20 +68,19 @@ def peak(op: str, n: int, m: int, d: int, dtype: str, workspace_mb: int, grad: b
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op", spec.OPS)
 def test_peak_memory(op: str, dtype: str) -> None:
-    """The N x M matrix alone has 1 GiB in fp32."""
-    n, d, workspace_mb = 16384, 512, 32
+    """The N x M matrix alone has 256 MiB in fp32, and a 16-bit copy of one side 8 MiB."""
+    n, d, workspace_mb = 8192, 512, 8
     gradients = 2 * n * d * getattr(torch, dtype).itemsize
     accumulator = 4 * n * d if dtype == "bfloat16" else 0
-    extra = peak(op, n, n, d, dtype, workspace_mb, grad=True) - gradients
-    assert extra <= workspace_mb * MB + accumulator + 8 * MB, f"{extra / MB:.1f} MB"
+    limit = gradients + workspace_mb * MB + accumulator + 4 * MB
+    assert_peak(limit, op, n, n, d, dtype, workspace_mb, grad=True)
 
 
 @needs_cpu
 @needs_proc
 @pytest.mark.parametrize("op", spec.OPS)
 def test_peak_memory_without_gradients(op: str) -> None:
-    extra = peak(op, 8192, 8192, 512, "bfloat16", workspace_mb=16, grad=False)
-    assert extra <= (16 + 4) * MB, f"{extra / MB:.1f} MB"
+    assert_peak((16 + 4) * MB, op, 8192, 8192, 512, "bfloat16", workspace_mb=16, grad=False)
 
 
 @needs_cpu
@@ -79,9 +89,8 @@ def test_peak_memory_without_gradients(op: str) -> None:
 def test_peak_memory_of_a_long_and_a_short_side(op: str) -> None:
     """The fp32 accumulator is that of one side; which one is the kernel's choice."""
     n, m, d, workspace_mb = 65536, 1024, 128, 16
-    gradients = (n + m) * d * 2
-    extra = peak(op, n, m, d, "bfloat16", workspace_mb, grad=True) - gradients
-    assert extra <= workspace_mb * MB + 4 * n * d + 8 * MB, f"{extra / MB:.1f} MB"
+    limit = (n + m) * d * 2 + workspace_mb * MB + 4 * n * d + 8 * MB
+    assert_peak(limit, op, n, m, d, "bfloat16", workspace_mb, grad=True)
 
 
 class Recorder(TorchDispatchMode):
@@ -155,6 +164,10 @@ def test_memory_does_not_grow_from_step_to_step(op: str) -> None:
             fn(*inputs).backward()
         return resident()
 
+    def growth() -> int:
+        before = resident()
+        return steps(2000) - before
+
     steps(200)
-    before = resident()
-    assert steps(2000) - before < 2 * MB
+    # What leaks grows each time; the allocator's arenas and Python's garbage grow once.
+    assert min(growth() for _ in range(3)) < 1 * MB

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
-from ..tolerances import SEEDS, SMALL, ULP, assert_close, relative_error
+from ..tolerances import SEEDS, ULP, assert_close, relative_error
 
 OPS = ("clip_loss", "siglip_loss")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -319,8 +319,24 @@ def evaluate(
     }
 
 
+# Terms that a matrix multiply adds up in a register before that sum is added to others: MKL has
+# 130 to 190.
+DEPTH = 128
+
+
+def product_in_order(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the order of a matrix multiply: blocks of DEPTH terms, each summed one by one."""
+    total = a.new_zeros(a.shape[0], b.shape[1])
+    for start in range(0, a.shape[1], DEPTH):
+        block = torch.zeros_like(total)
+        for k in range(start, min(start + DEPTH, a.shape[1])):
+            block.addcmul_(a[:, k : k + 1], b[k])
+        total += block
+    return total
+
+
 class _Similarity(torch.autograd.Function):
-    """image @ text.T in fp32, as its three products are on 16-bit hardware: all operands in 16
+    """image @ text.T in fp32, as its three products are on hardware: 16-bit operands stay in 16
     bits, the gradient too, all sums in fp32. The gradient is scaled so that it fits into fp16, by
     a number that decides which of its values are lucky enough to be rounded by little."""
 
@@ -328,32 +344,41 @@ class _Similarity(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, largest: float) -> Tensor:
         ctx.save_for_backward(image, text)
         ctx.largest = largest
-        return image.float() @ text.float().T
+        return product_in_order(image.float(), text.float().T)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         image, text = ctx.saved_tensors
-        unit = grad.abs().max().clamp(min=1e-30) / ctx.largest if grad.numel() else 1.0
+        unit: Tensor | float = 1.0
+        if image.dtype.itemsize == 2 and grad.numel():
+            unit = grad.abs().max().clamp(min=1e-30) / ctx.largest
         rounded = (grad / unit).to(image.dtype).float()
         return (
-            (rounded @ text.float() * unit).to(image.dtype),
-            (rounded.T @ image.float() * unit).to(text.dtype),
+            (product_in_order(rounded, text.float()) * unit).to(image.dtype),
+            (product_in_order(rounded.T, image.float()) * unit).to(text.dtype),
             None,
         )
 
 
-def _eager_losses(op: str, dtype: torch.dtype) -> list[Callable[..., Any]]:
-    """The formula of the op in eager PyTorch, in 16 bits also with products of 16-bit operands."""
+def _eager_losses(op: str, seed: int) -> list[Callable[..., Any]]:
+    """The formula of the op in eager PyTorch: as it stands, and with the products of hardware.
+
+    The order in which eager sums a product depends on the shape and the CPU: for less than 16 rows
+    some libraries use dot products, with a third of the error that they have for all others. The
+    formula does not ask for that, and a kernel with one order for all shapes does not have it.
+    """
     function = getattr(reference, op)
 
-    def in_16_bits(largest: float, image: Tensor, text: Tensor, *args: Any, **keywords: Any) -> Any:
+    # A gradient of a few values, as that of a softmax is at a scale of almost 0, is the same for
+    # all seeds, and so would its luck be.
+    largest = 2.0 ** -((seed + 0.5) / SEEDS)
+
+    def on_hardware(image: Tensor, text: Tensor, *args: Any, **keywords: Any) -> Any:
         # Times the identity, which is exact, because the reference takes features only.
         similarity = _Similarity.apply(image, text, largest)
         return function(similarity, torch.eye(len(text)), *args, **keywords)
 
-    if dtype.itemsize > 2:
-        return [function]
-    return [function, *(partial(in_16_bits, largest) for largest in (1.0, 0.84, 0.71))]
+    return [function, on_hardware]
 
 
 def _terms(case: Case, exact: dict[str, Tensor], grad: float = 1.0) -> dict[str, float]:
@@ -407,9 +432,7 @@ def truth(case: Case, seed: int = 0, grad: float = 1.0) -> dict[str, Truth]:
     torch.set_num_threads(1)
     try:
         exact = evaluate(function, inputs.to(torch.float64), keywords, grad)
-        results = [
-            evaluate(fn, inputs, keywords, grad) for fn in _eager_losses(case.op, case.dtype)
-        ]
+        results = [evaluate(fn, inputs, keywords, grad) for fn in _eager_losses(case.op, seed)]
     finally:
         torch.set_num_threads(threads)
     terms = _terms(case, exact, grad)
@@ -426,10 +449,8 @@ def truth(case: Case, seed: int = 0, grad: float = 1.0) -> dict[str, Truth]:
 
 def check_result(case: Case, name: str, ours: Tensor, grad: float = 1.0) -> None:
     """Holds one result of `evaluate`, for the inputs of seed 0, to the rule of accuracy."""
-    exact, eager, terms = truth(case, 0, grad)[name]
-    if ours.numel() < SMALL and relative_error(ours, exact, terms) > eager:
-        # More seeds can only raise the limit, so most results need none.
-        eager = max(truth(case, seed, grad)[name].eager for seed in range(SEEDS))
+    exact, _, terms = truth(case, 0, grad)[name]
+    eager = (truth(case, seed, grad)[name].eager for seed in range(SEEDS))
     kind = "bwd" if name.endswith(".grad") else "fwd"
     assert_close(f"{case}: {name}", ours, eager, exact, kind, terms=terms)
 
