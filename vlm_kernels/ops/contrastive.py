@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from .. import _backends
+from .. import _backends, config
 from .._load import _C, warn_once
 from ..reference import contrastive as _reference
 
@@ -27,7 +27,7 @@ _METRICS = (
     "image_to_text_perplexity",
     "text_to_image_perplexity",
 )
-_WORKSPACE_MB = 256
+_WORKSPACE_MB = {"cpu": 256, "cuda": 64}
 _NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS = 1, 2, 4, 8
 _LARGE_FALLBACK_BYTES = 2**30
 
@@ -67,7 +67,9 @@ def clip_loss(
         image_ids, text_ids: (N,) and (M,) integers; pairs of equal ids are the positives. Without
             ids and labels the diagonal is.
         labels: (N,) integers, the row of text_features that belongs to each image; -1 leaves an
-            image without a loss of its own, while it stays a negative for the texts.
+            image without a loss of its own, while it stays a negative for the texts. On CUDA
+            other values count as -1, unless VLM_CHECK=1 has them checked, which waits for the
+            device.
         weights: (row (N,) or None, column (M,) or None), factors of the losses of images and texts.
             They are constants.
         label_smoothing: in [0, 1), spread evenly over the entries of the denominator.
@@ -75,12 +77,12 @@ def clip_loss(
             out of the denominators.
         directions: "both" (half the sum of the two), "image_to_text" or "text_to_image".
         reduction: "mean" over the rows that have a positive, "sum" or "none".
-        workspace_mb: MiB of scratch, similarity kept for the backward included (default 256).
-            More of it saves recomputation, less of it memory; the loss does not change.
+        workspace_mb: MiB of scratch, similarity kept for the backward included (default 256, on
+            CUDA 64). More of it saves recomputation, less of it memory; the loss does not change.
         return_metrics: also return a dict of detached fp32 scalars: image_to_text_top1,
             text_to_image_top1, positive_logit, negative_logit, and for each direction's softmax
             _entropy (nats) and _perplexity.
-        backend: "auto", "cpu" or "reference"; see `vlm_kernels.explain`.
+        backend: "auto", "cuda", "cpu" or "reference"; see `vlm_kernels.explain`.
 
     Returns:
         The loss, fp32 of shape (); for "none" a tuple (row (N,), column (M,)), 0 where there is
@@ -93,7 +95,7 @@ def clip_loss(
     """
     if directions not in _DIRECTIONS:
         raise ValueError(_unknown("clip_loss", "directions", directions, _DIRECTIONS))
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         image_features, text_features = _autocast(image_features, text_features)
     chosen = _choose("clip_loss", image_features, text_features, reduction, backend)
     if chosen == "reference":
@@ -129,9 +131,11 @@ def clip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale)
+    if labels is not None and not labels.is_cpu:
+        _check_labels("clip_loss", labels, text_features)
+    scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale, image_features)
     row_weight, column_weight = _weights("clip_loss", weights)
-    workspace_mb = _WORKSPACE_MB if workspace_mb is None else workspace_mb
+    workspace_mb = _workspace_mb(image_features) if workspace_mb is None else workspace_mb
     tensors = (image_ids, text_ids, labels, row_weight, column_weight)
     options = (
         label_smoothing,
@@ -209,7 +213,7 @@ def siglip_loss(
     Raises:
         As `clip_loss`.
     """
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         image_features, text_features = _autocast(image_features, text_features)
     chosen = _choose("siglip_loss", image_features, text_features, reduction, backend)
     if chosen == "reference":
@@ -239,16 +243,20 @@ def siglip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    scale, scale_value = _scalar("siglip_loss", "logit_scale", logit_scale)
+    if labels is not None and not labels.is_cpu:
+        _check_labels("siglip_loss", labels, text_features)
+    scale, scale_value = _scalar("siglip_loss", "logit_scale", logit_scale, image_features)
     bias, bias_value = (
-        (None, 0.0) if logit_bias is None else _scalar("siglip_loss", "logit_bias", logit_bias)
+        (None, 0.0)
+        if logit_bias is None
+        else _scalar("siglip_loss", "logit_bias", logit_bias, image_features)
     )
     row_weight, column_weight = _weights("siglip_loss", weights)
     tensors = (image_ids, text_ids, labels, row_weight, column_weight)
     options = (
         ignore_same_ids,
         _REDUCTIONS[reduction],
-        _WORKSPACE_MB if workspace_mb is None else workspace_mb,
+        _workspace_mb(image_features) if workspace_mb is None else workspace_mb,
     )
     needs = 0
     if torch.is_grad_enabled():
@@ -434,16 +442,21 @@ def _may_overwrite(grad: Tensor) -> bool:
     """Whether what this backward saved is its own to overwrite: eager, and no backward after it."""
     return (
         type(grad) is Tensor
+        and grad.is_cpu
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )
 
 
+def _workspace_mb(image: Tensor) -> int:
+    return _WORKSPACE_MB.get(image.device.type, 64)
+
+
 def _kept_panels(image: Tensor, text: Tensor, workspace_mb: int) -> Any:
     """How many panels of 64 columns of similarity the workspace holds for the backward."""
-    if image.dim() != 2 or text.dim() != 2:
-        return 0  # an error that the op itself names
+    if image.dim() != 2 or text.dim() != 2 or not image.is_cpu:
+        return 0  # an error that the op itself names, or kernels that recompute
     reserve = 12288 * image.shape[1] + (4 << 20)  # bytes of a block's operands
     free = max(0, (workspace_mb << 20) - reserve)
     fit = free // (image.shape[0] * 256 + 1) // 4 * 4  # whole tiles of 4 panels, or everything
@@ -456,6 +469,9 @@ def _fn_of_one_direction(image: Tensor, text: Tensor, panels: int, workspace_mb:
     if torch.compiler.is_compiling() or panels * 64 >= text.shape[0]:
         return _ClipLossFn
     longest = max(image.shape[0], text.shape[0])
+    if not image.is_cpu:  # rows of S and G as long as the softmax, enough of them for the products
+        bytes_ = 1024 * longest * (4 if image.dtype == torch.float32 else 6)
+        return _ClipOneWayFn if bytes_ <= workspace_mb << 20 else _ClipLossFn
     return _ClipOneWayFn if 2 * longest * 1024 <= workspace_mb << 20 else _ClipLossFn
 
 
@@ -497,21 +513,40 @@ def _warn_large(op: str, image: Tensor, text: Tensor) -> None:
 
 
 def _autocast(image: Any, text: Any) -> tuple[Any, Any]:
-    dtype = torch.get_autocast_dtype("cpu")
-    # as torch's own autocast, it leaves fp64 alone
-    image, text = (
-        x.to(dtype) if isinstance(x, Tensor) and x.is_cpu and x.dtype in _DTYPES else x
-        for x in (image, text)
-    )
-    return image, text
+    def cast(x: Any) -> Any:
+        # as torch's own autocast, it leaves fp64 alone
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+            return x
+        device = x.device.type
+        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+            return x
+        return x.to(torch.get_autocast_dtype(device))
+
+    return cast(image), cast(text)
 
 
-def _scalar(op: str, name: str, value: Scalar) -> tuple[Tensor | None, float]:
+def _check_labels(op: str, labels: Tensor, text: Tensor) -> None:
+    """Waits for the device, and only where VLM_CHECK=1 asks for it."""
+    if torch.compiler.is_compiling() or config.get("VLM_CHECK") != "1":
+        return
+    wrong = (labels < -1) | (labels >= text.shape[0])
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{op}: labels holds {int(labels[wrong][0])}, expected a row of text_features in "
+            f"[0, {text.shape[0]}) or -1 for none"
+        )
+
+
+def _scalar(
+    op: str, name: str, value: Scalar, features: Tensor | None = None
+) -> tuple[Tensor | None, float]:
     if isinstance(value, Tensor):
-        if not value.is_cpu:
+        # equal devices are the rule, and told apart fastest where both are CPUs
+        both_cpu = features is None or (value.is_cpu and features.is_cpu)
+        if not both_cpu and features is not None and value.device != features.device:
             raise ValueError(
-                f"{op}: {name} is on {value.device} but the features are on cpu; move it there "
-                "with .to()"
+                f"{op}: {name} is on {value.device} but the features are on {features.device}; "
+                "move it there with .to()"
             )
         return value, 0.0
     if isinstance(value, bool) or not hasattr(value, "__float__"):
@@ -640,7 +675,17 @@ def _why_not_cpu(image_features: Tensor, text_features: Tensor, *_: Any, **__: A
     return None
 
 
+def _why_not_cuda(image_features: Tensor, text_features: Tensor, *_: Any, **__: Any) -> str | None:
+    for name, x in (("image_features", image_features), ("text_features", text_features)):
+        if x.device.type != "cuda":
+            return f"{name} is on {x.device}"
+        if x.dtype not in _DTYPES:
+            return f"{name} is {x.dtype}; the kernels take float32, bfloat16 and float16"
+    return None
+
+
 for _op in ("clip_loss", "siglip_loss"):
+    _backends.register(_op, "cuda", _why_not_cuda)
     _backends.register(_op, "cpu", _why_not_cpu)
     _backends.register(_op, "reference", lambda *_, **__: None)
 
