@@ -43,14 +43,6 @@ _TABLE = (
     ),
     Variable("VLM_CUDA_ARCHS", "80;90", "build", "GPU architectures to compile for"),
     Variable(
-        "VLM_CUDA_TILES",
-        "gemm",
-        "run",
-        "who multiplies the similarity of the contrastive losses on CUDA: torch's GEMM, or our own "
-        "mma.sync tiles, fused with what follows (16-bit inputs in 16-byte aligned rows)",
-        ("gemm", "fused"),
-    ),
-    Variable(
         "VLM_SKIP_EXT", "0", "build", "1 installs without the extension: every op on its reference"
     ),
     Variable("VLM_SANITIZE", "", "build", "sanitizers such as address,undefined"),

@@ -4,9 +4,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <cstring>
-
 #include "ops/bind.h"
 #include "ops/check.h"
 #include "ops/contrastive.h"
@@ -31,11 +28,6 @@ Tensor scalar_on_device(const Args& a, const char* name, const OptionalTensor& x
   if (!x) return at::full({}, value, f32(a.image));
   check_same_device(a.op, name, *x, a.image);
   return as(*x, at::kFloat);
-}
-
-bool fused_tiles_wanted() {
-  const char* tiles = std::getenv("VLM_CUDA_TILES");
-  return tiles && std::strcmp(tiles, "fused") == 0;
 }
 
 const float* data_or_null(const OptionalTensor& x) {
@@ -76,7 +68,7 @@ struct DeviceCall {
     call.row_weight = data_or_null(row_weight);
     call.col_weight = data_or_null(col_weight);
     call.workspace = a.workspace_mb << 20;
-    call.fused = fused_tiles_wanted();
+    call.fused = fused_tiles;
     call.gemm = torch_gemm(&device);
     call.stream = current_stream(image);
   }
