@@ -10,12 +10,6 @@
 #include "ops/device.h"
 #include "ops/gemm.h"
 
-#ifdef VLM_EMULATED
-#define VLM_DEVICE_KEY CPU
-#else
-#define VLM_DEVICE_KEY CUDA
-#endif
-
 namespace vlm {
 namespace {
 
@@ -387,7 +381,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_loss_bwd(
   return {out.image, out.text, grad_scale.like(logit_scale), grad_bias.like(logit_bias)};
 }
 
-TORCH_LIBRARY_IMPL(VLM_LIBRARY, VLM_DEVICE_KEY, m) {
+TORCH_LIBRARY_IMPL(VLM_LIBRARY, CUDA, m) {
   m.impl("clip_loss_fwd", clip_loss_fwd);
   m.impl("clip_loss_bwd", clip_loss_bwd);
   m.impl("clip_loss_one_way_fwd", clip_loss_one_way_fwd);

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -78,3 +80,16 @@ class Emulator:
 @pytest.fixture(scope="session")
 def emulator() -> Emulator:
     return Emulator(_build("emulator_tests") / "libemulator_tests.so")
+
+
+@pytest.fixture(scope="session")
+def extension() -> ModuleType:
+    """`_C_emu`: as `_C`, its ops in torch.ops.vlm_kernels_emu, where the CUDA kernels run emulated
+    on CPU tensors. What the emulator finds is raised as a RuntimeError."""
+    [file] = _build("_C_emu").glob("_C_emu*.so")
+    spec = importlib.util.spec_from_file_location("_C_emu", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
