@@ -26,21 +26,38 @@ __device__ __forceinline__ int swizzled(int r, int c) {
   return r * F::kDepth + (c ^ (r / 2 % F::kRowChunks)) * F::kChunk;
 }
 
-// Columns [k, k + kDepth) of 128 rows of x, zeros outside of it.
+// One operand's rows [first, first + 128) and what a thread copies of them: a chunk of row r and of
+// row r + 64. Everything that does not change over the stages is here, in few registers.
 template <class T>
-__device__ __forceinline__ void copy_stage(T* to, const T* x, int64_t stride, int64_t rows,
-                                           int64_t first, int64_t d, int64_t k) {
-  constexpr int kCopies = F::kRows * F::kRowChunks / F::kThreads;
-#pragma unroll
-  for (int i = 0; i < kCopies; ++i) {
-    const int at = i * F::kThreads + static_cast<int>(threadIdx.x);
-    const int r = at / F::kRowChunks, c = at % F::kRowChunks;
-    const int64_t row = first + r, col = k + c * F::kChunk;
-    const int64_t left = row < rows && col < d ? d - col : 0;
-    const int bytes = left >= F::kChunk ? 16 : static_cast<int>(2 * left);
-    ptx::cp_async_16(to + swizzled(r, c), bytes ? x + row * stride + col : x, bytes);
+struct Lines {
+  static constexpr int kSecond = F::kThreads / F::kRowChunks;  // rows from one copy to the next
+  static_assert(F::kRows == 2 * kSecond && kSecond % (2 * F::kRowChunks) == 0);
+  const T* from;
+  int to;      // elements into the stage
+  int column;  // of the chunk
+  int rows;    // copies with a row inside of x
+
+  __device__ __forceinline__ Lines(const T* x, int64_t stride, int64_t count, int64_t first) {
+    const int r = threadIdx.x / F::kRowChunks, c = threadIdx.x % F::kRowChunks;
+    rows = (first + r < count) + (first + r + kSecond < count);
+    from = rows > 0 ? x + (first + r) * stride : x;
+    column = c * F::kChunk;
+    to = swizzled(r, c);
   }
-}
+
+  // Columns [k, k + kDepth), zeros outside of x.
+  __device__ __forceinline__ void copy(T* stage, int64_t stride, int d, int k) const {
+    const int left = d - k - column;
+    const int bytes = left >= F::kChunk ? 16 : left > 0 ? 2 * left : 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool inside = i < rows && bytes > 0;
+      ptx::cp_async_16(stage + to + i * kSecond * F::kDepth,
+                       inside ? from + i * kSecond * stride + k + column : from,
+                       inside ? bytes : 0);
+    }
+  }
+};
 
 template <class T>
 __device__ __forceinline__ void multiply_stage(const T* image, const T* text, int warp_row,
@@ -48,11 +65,7 @@ __device__ __forceinline__ void multiply_stage(const T* image, const T* text, in
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < F::kDepth / 16; ++k) {
-    uint32_t a[4][4], b[2][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      ptx::ldmatrix<4>(a[i], image + swizzled(warp_row + 16 * i + lane % 16, 2 * k + lane / 16));
-    }
+    uint32_t b[2][4];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {  // 16 columns of S: two B fragments
       const int row = warp_col + 16 * j + lane % 8 + lane / 16 * 8;
@@ -60,10 +73,12 @@ __device__ __forceinline__ void multiply_stage(const T* image, const T* text, in
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      uint32_t a[4];
+      ptx::ldmatrix<4>(a, image + swizzled(warp_row + 16 * i + lane % 16, 2 * k + lane / 16));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const uint32_t fragment[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-        ptx::mma<T>(acc[i][j], a[i], fragment);
+        ptx::mma<T>(acc[i][j], a, fragment);
       }
     }
   }
@@ -73,17 +88,16 @@ template <class T, class Epilogue>
 __global__ void __launch_bounds__(F::kThreads, 2)
     fused_kernel(FusedOperands x, Block block, Epilogue epilogue) {
   T* const stages = dynamic_shared<T>();
-  const T* const image = static_cast<const T*>(x.image);
-  const T* const text = static_cast<const T*>(x.text);
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * F::kRows;
   const int64_t first_col = static_cast<int64_t>(blockIdx.x) * F::kCols;
-  const int steps = static_cast<int>((x.d + F::kDepth - 1) / F::kDepth);
+  const Lines<T> image(static_cast<const T*>(x.image), x.image_stride, block.rows, first_row);
+  const Lines<T> text(static_cast<const T*>(x.text), x.text_stride, block.cols, first_col);
+  const int d = static_cast<int>(x.d), steps = (d + F::kDepth - 1) / F::kDepth;
   const auto load = [&](int step) {
     if (step < steps) {
       T* const to = stages + step % F::kStages * F::kStageElements;
-      const int64_t k = static_cast<int64_t>(step) * F::kDepth;
-      copy_stage(to, image, x.image_stride, block.rows, first_row, x.d, k);
-      copy_stage(to + F::kRows * F::kDepth, text, x.text_stride, block.cols, first_col, x.d, k);
+      image.copy(to, x.image_stride, d, step * F::kDepth);
+      text.copy(to + F::kRows * F::kDepth, x.text_stride, d, step * F::kDepth);
     }
     ptx::cp_async_commit();  // empty groups keep the count
   };
