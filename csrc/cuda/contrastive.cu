@@ -5,6 +5,7 @@
 // GEMMs add G Y to dX and G^T X to dY in fp32. S is of the raw features and G of the logits,
 // without 1/N or the scale: those come in fp32, when the sums are rounded to the output. Block
 // sizes depend on shapes and on the workspace only, so that results repeat bit by bit.
+#include "cuda/contrastive_fused.cuh"
 #include "cuda/contrastive_vectors.cuh"
 #include "cuda/launch.cuh"
 
@@ -29,52 +30,15 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 // ---------------------------------------------------------------------------------------------
 // Kernels.
 
-struct Source {
-  const float* s;  // the block's S
-  int64_t ld;
-};
-
-__device__ __forceinline__ Tile this_tile(const Source& from, const Block& block) {
-  const int64_t row = static_cast<int64_t>(blockIdx.y) * K::kRows;
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * K::kCols;
-  return load_tile(from.s + row * from.ld + col, from.ld, block, row, col);
-}
-
-// A tile's place in buffers that hold one slot a tile row or tile column.
-__device__ __forceinline__ StatsOut tile_slot(StatsOut out, int fields) {
-  if (out.rows) out.rows += blockIdx.x * fields * out.row_ld;
-  if (out.cols) out.cols += blockIdx.y * fields * out.col_ld;
-  return out;
-}
-
-__device__ __forceinline__ GradOut tile_slot(GradOut out) {
-  out.sums += 2 * (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x);
-  return out;
-}
-
-template <bool kMetrics>
+// One CTA a tile of the block's S.
+template <class Epilogue>
 __global__ void __launch_bounds__(K::kThreads, 2)
-    stats_kernel(Source from, Block block, StatsOut out) {
+    tile_kernel(const float* s, int64_t ld, Block block, Epilogue epilogue) {
   __shared__ TileShared shared;
-  const Tile tile = this_tile(from, block);
-  tile_stats<kMetrics>(tile, log2_scale(block.scale),
-                       tile_slot(out, kMetrics ? kMetricFields : kLossFields), shared);
-}
-
-template <class T>
-__global__ void __launch_bounds__(K::kThreads, 2)
-    clip_grads_kernel(Source from, Block block, SoftmaxGrad row, SoftmaxGrad col, GradOut out) {
-  __shared__ TileShared shared;
-  const Tile tile = this_tile(from, block);
-  tile_clip_grads<T>(tile, block, log2_scale(block.scale), row, col, tile_slot(out), shared);
-}
-
-template <class T, bool kGrad>
-__global__ void __launch_bounds__(K::kThreads, 2)
-    sigmoid_kernel(Source from, Block block, SigmoidVectors v, StatsOut losses, GradOut out) {
-  __shared__ TileShared shared;
-  const Tile tile = this_tile(from, block);
-  tile_sigmoid<T, kGrad>(tile, block, v, tile_slot(losses, 1).rows, tile_slot(out), shared);
+  const int64_t m = blockIdx.y, n = blockIdx.x;
+  const int64_t row = m * K::kRows, col = n * K::kCols;
+  const Tile tile = load_tile(s + row * ld + col, ld, block, row, col);
+  epilogue(tile, block, m, n, shared);
 }
 
 // The running statistics of one direction and the tiles' share of them.
@@ -261,7 +225,8 @@ class Run {
   Run(const ContrastiveCall& call, ContrastivePass pass, bool metrics, void* scratch)
       : call_(call),
         plan_(make_plan(call, pass, metrics)),
-        stream_(static_cast<cudaStream_t>(call.stream)) {
+        stream_(static_cast<cudaStream_t>(call.stream)),
+        fused_(call.fused && can_fuse(call)) {
     carve(plan_, static_cast<char*>(scratch), &scratch_);
     mask_ = {call.positives, call.image_ids, call.text_ids, plan_.n, plan_.m};
   }
@@ -326,8 +291,9 @@ class Run {
     }
   }
 
+  // S of the block into the scratch, unless its tiles are computed where they are used.
   void similarity(const Block& b) {
-    if (error_) return;
+    if (error_ || fused_) return;
     call_.gemm({.transpose_b = true,
                 .m = b.rows,
                 .n = b.cols,
@@ -341,12 +307,12 @@ class Run {
                 .ldc = plan_.ld});
   }
 
-  // Statistics of the block in the scratch, into the running ones.
+  // Statistics of the block, into the running ones.
   void stats(const Block& b, const SoftmaxStats& row, const SoftmaxStats& col) {
     const bool metrics = row.entropy != nullptr;
     const StatsOut out{scratch_.row_parts, scratch_.col_parts, plan_.bm, plan_.ld,
                        row.kept != nullptr};
-    start(metrics ? stats_kernel<true> : stats_kernel<false>, b, source(), b, out);
+    metrics ? start(b, StatsEpilogue<true>{out}) : start(b, StatsEpilogue<false>{out});
     const MergeSide rows{shifted(row, b.row), scratch_.row_parts, plan_.bm, tiles_n(b), b.rows,
                          b.col == 0};
     const MergeSide cols{shifted(col, b.col), scratch_.col_parts, plan_.ld, tiles_m(b), b.cols,
@@ -357,17 +323,15 @@ class Run {
   }
 
   void clip_grads(const Block& b, const SoftmaxGrad& row, const SoftmaxGrad& col) {
-    by_dtype([&](auto t) {
-      start(clip_grads_kernel<decltype(t)>, b, source(), b, row, col, grad_out(b));
-    });
+    by_dtype([&](auto t) { start(b, ClipEpilogue<decltype(t)>{row, col, grad_out(b)}); });
   }
 
   void sigmoid(const Block& b, const SigmoidVectors& v, bool grads, float* row_loss) {
-    const StatsOut losses{scratch_.row_parts, nullptr, plan_.bm, 0, false};
     by_dtype([&](auto t) {
       using T = decltype(t);
-      start(grads ? sigmoid_kernel<T, true> : sigmoid_kernel<T, false>, b, source(), b, v, losses,
-            grad_out(b));
+      float* const parts = scratch_.row_parts;
+      grads ? start(b, SigmoidEpilogue<T, true>{v, parts, plan_.bm, grad_out(b)})
+            : start(b, SigmoidEpilogue<T, false>{v, parts, plan_.bm, grad_out(b)});
     });
     if (error_) return;
     check(launch(add_rows_kernel, merge_config(b.rows, stream_), scratch_.row_parts, plan_.bm,
@@ -422,15 +386,29 @@ class Run {
   }
 
  private:
-  Source source() const { return {scratch_.s, plan_.ld}; }
   static int64_t tiles_m(const Block& b) { return ceil_div(b.rows, K::kRows); }
   static int64_t tiles_n(const Block& b) { return ceil_div(b.cols, K::kCols); }
 
-  template <class... Params, class... Args>
-  void start(void (*kernel)(Params...), const Block& b, Args&&... args) {
+  template <class Epilogue>
+  void start(const Block& b, const Epilogue& epilogue) {
     if (error_) return;
+    if (fused_) return start_fused(b, epilogue);
     const dim3 grid(static_cast<unsigned>(tiles_n(b)), static_cast<unsigned>(tiles_m(b)));
-    check(launch(kernel, {grid, dim3(K::kThreads), 0, stream_}, args...));
+    check(launch(tile_kernel<Epilogue>, {grid, dim3(K::kThreads), 0, stream_}, scratch_.s, plan_.ld,
+                 b, epilogue));
+  }
+
+  template <class Epilogue>
+  void start_fused(const Block& b, const Epilogue& epilogue) {
+    using Element = typename Epilogue::Element;
+    const FusedOperands operands{row_of(call_.image, b.row), call_.image.stride,
+                                 row_of(call_.text, b.col), call_.text.stride, plan_.d};
+    if constexpr (std::is_void_v<Element>) {
+      check(call_.dtype == DType::bf16 ? launch_fused<__nv_bfloat16>(operands, b, epilogue, stream_)
+                                       : launch_fused<__half>(operands, b, epilogue, stream_));
+    } else if constexpr (sizeof(Element) == 2) {
+      check(launch_fused<Element>(operands, b, epilogue, stream_));
+    }
   }
 
   template <class F>
@@ -486,6 +464,7 @@ class Run {
   const ContrastiveCall& call_;
   Plan plan_;
   cudaStream_t stream_;
+  bool fused_;
   Scratch scratch_{};
   PairMask mask_{};
   const char* error_ = nullptr;

@@ -545,4 +545,58 @@ __device__ __forceinline__ void tile_sigmoid(const Tile& t, const Block& block,
   }
 }
 
+// ---------------------------------------------------------------------------------------------
+// What a kernel does with its tiles; (m, n) counts the tile's rows and columns of tiles in the
+// block. Buffers hold one slot for each. Element is the dtype of the features that an epilogue
+// belongs to, void for any.
+
+template <bool kMetrics>
+struct StatsEpilogue {
+  using Element = void;
+  static constexpr int kFields = kMetrics ? kMetricFields : kLossFields;
+  StatsOut out;
+
+  __device__ __forceinline__ void operator()(const Tile& t, const Block& block, int64_t m,
+                                             int64_t n, TileShared& shared) const {
+    StatsOut slot = out;
+    slot.rows += n * kFields * out.row_ld;
+    slot.cols += m * kFields * out.col_ld;
+    tile_stats<kMetrics>(t, log2_scale(block.scale), slot, shared);
+  }
+};
+
+__device__ __forceinline__ GradOut grad_slot(GradOut out, const Block& block, int64_t m,
+                                             int64_t n) {
+  out.sums += 2 * (m * ((block.cols + TileTraits::kCols - 1) / TileTraits::kCols) + n);
+  return out;
+}
+
+template <class T>
+struct ClipEpilogue {
+  using Element = T;
+  SoftmaxGrad row, col;
+  GradOut out;
+
+  __device__ __forceinline__ void operator()(const Tile& t, const Block& block, int64_t m,
+                                             int64_t n, TileShared& shared) const {
+    tile_clip_grads<T>(t, block, log2_scale(block.scale), row, col, grad_slot(out, block, m, n),
+                       shared);
+  }
+};
+
+template <class T, bool kGrad>
+struct SigmoidEpilogue {
+  using Element = T;
+  SigmoidVectors vectors;
+  float* row_loss;  // (tiles, ld)
+  int64_t ld;
+  GradOut out;
+
+  __device__ __forceinline__ void operator()(const Tile& t, const Block& block, int64_t m,
+                                             int64_t n, TileShared& shared) const {
+    tile_sigmoid<T, kGrad>(t, block, vectors, row_loss + n * ld, grad_slot(out, block, m, n),
+                           shared);
+  }
+};
+
 }  // namespace vlm::cuda

@@ -796,7 +796,16 @@ TORCH_LIBRARY_IMPL(vlm_kernels, CPU, m) {
 
 }  // namespace
 
+void set_contrastive_tiles(const std::string& kind) {
+  TORCH_CHECK_VALUE(kind == "gemm" || kind == "fused", "set_contrastive_tiles: kind is '", kind,
+                    "', expected 'gemm' or 'fused'");
+  fused_tiles = kind == "fused";
+}
+
 void bind_contrastive(pybind11::module_& m) {
+  m.def("set_contrastive_tiles", &set_contrastive_tiles, pybind11::arg("kind"),
+        "Who multiplies the similarity on CUDA: 'gemm', torch's, or 'fused', our own mma.sync "
+        "tiles (16-bit inputs in 16-byte aligned rows; others stay with torch's).");
   bind_op<decltype(clip_loss_fwd)>(m, "clip_loss_fwd");
   bind_op<decltype(clip_loss_bwd)>(m, "clip_loss_bwd");
   bind_op<decltype(clip_loss_one_way_fwd)>(m, "clip_loss_one_way_fwd");

@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <atomic>
+
 #include "vlm/contrastive.h"
 
 namespace vlm {
@@ -19,6 +21,10 @@ enum Need : int64_t { kNeedImage = 1, kNeedText = 2, kNeedScale = 4, kNeedBias =
 enum StatsRow { kMax, kSum_, kPositive, kKept, kEntropy, kBestPositive, kBestNegative };
 constexpr int64_t kLossStats = 3, kSmoothStats = 4, kMetricStats = 7;
 constexpr int64_t kMetrics = 10;
+
+// Who multiplies the similarity on CUDA: our own mma.sync tiles, fused with what follows, or
+// torch's GEMM. Chosen through set_contrastive_tiles().
+inline std::atomic<bool> fused_tiles{false};
 
 // Every argument that both losses share, in the order of the schemas.
 struct Args {

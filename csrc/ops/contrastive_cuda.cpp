@@ -62,6 +62,7 @@ struct DeviceCall {
     call.row_weight = data_or_null(row_weight);
     call.col_weight = data_or_null(col_weight);
     call.workspace = a.workspace_mb << 20;
+    call.fused = fused_tiles;
     call.gemm = torch_gemm(&device);
     call.stream = current_stream(image);
   }
