@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,15 +35,15 @@ def _call(*command: str) -> None:
 
 def _build(target: str) -> Path:
     """The folder in which `target` is up to date."""
+    cmake, ninja = _tool("cmake"), _tool("ninja")
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = [
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
-        ]
-        _call(_tool("cmake"), "-G", "Ninja", "-S", str(HERE), "-B", str(BUILD), *configure)
-        _call(_tool("cmake"), "--build", str(BUILD), "--target", target)
+        configure = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        _call(cmake, "-G", "Ninja", "-S", str(HERE), "-B", str(BUILD), *configure)
+        jobs = len(os.sched_getaffinity(0))
+        _call(cmake, "--build", str(BUILD), "--target", target, "--parallel", str(jobs))
     return BUILD
 
 

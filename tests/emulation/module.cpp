@@ -2,6 +2,8 @@
 // one runs, the storages of its tensor arguments and what it allocates are the device's memory.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/csrc/utils/pybind.h>
@@ -15,7 +17,16 @@
 
 #include "emulator.h"
 #include "ops/bind.h"
+#include "ops/device.h"
 #include "ops/ops.h"
+
+// Of kernels/faults.cu.
+extern "C" {
+const char* reverse_clean(const float* in, float* out, int n);
+const char* unwritten_output(const float* in, float* out, int n);
+const char* read_out_of_bounds(const float* in, float* out, int n);
+const char* write_out_of_bounds(const float* in, float* out, int n);
+}
 
 namespace {
 
@@ -113,6 +124,24 @@ void emulate_all_ops() {
     library.impl(unqualified.c_str(), torch::CppFunction::makeFromBoxedFunction<&emulate>());
   }
 }
+
+// An op of the tests' own: one of these kernels from `x` to a fresh tensor.
+Tensor probe(const Tensor& x, const std::string& entry, bool zeroed) {
+  const Tensor out = zeroed ? at::zeros_like(x) : at::empty_like(x);
+  const auto run = entry == "reverse_clean"        ? reverse_clean
+                   : entry == "unwritten_output"   ? unwritten_output
+                   : entry == "read_out_of_bounds" ? read_out_of_bounds
+                                                   : write_out_of_bounds;
+  vlm::check_launched("probe", run(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
+                                   static_cast<int>(x.numel())));
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(VLM_LIBRARY, m) {
+  m.def("probe(Tensor x, str entry, bool zeroed) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(VLM_LIBRARY, CUDA, m) { m.impl("probe", probe); }
 
 }  // namespace
 

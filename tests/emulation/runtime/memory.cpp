@@ -18,8 +18,9 @@ struct Cell {
   uint32_t read_epoch, read_clock;
   uint32_t read_warps;  // that have read it in read_epoch
   uint32_t read_lanes;  // of the last warp of them
-  Pc write_pc, read_pc;
+  Pc write_pc, read_pc, other_pc;
   uint16_t write_thread, read_thread;
+  uint16_t other_thread;  // the last reader of another warp than read_thread's
   bool atomic, in_flight;
 };
 
@@ -126,6 +127,10 @@ void note_reader(const Lane& lane, Cell& cell, Pc pc) {
   } else if (!(cell.read_warps & warp)) {
     cell.read_lanes = 0;
   }
+  if (cell.read_warps != 0 && cell.read_thread / kWarp != lane.warp()) {
+    cell.other_thread = cell.read_thread;
+    cell.other_pc = cell.read_pc;
+  }
   cell.read_epoch = g_block.epoch;
   cell.read_warps |= warp;
   cell.read_lanes |= lane.bit();
@@ -133,20 +138,23 @@ void note_reader(const Lane& lane, Cell& cell, Pc pc) {
   cell.read_pc = pc;
 }
 
-// A thread whose read of this epoch the lane has not synchronised with, or -1.
-int unordered_reader(const Lane& lane, const Cell& cell) {
-  if (cell.read_epoch != g_block.epoch) return -1;
+struct Reader {
+  int thread = -1;
+  Pc pc = nullptr;
+};
+
+// A read of this epoch that the lane has not synchronised with.
+Reader unordered_reader(const Lane& lane, const Cell& cell) {
+  if (cell.read_epoch != g_block.epoch) return {};
   if (cell.read_warps & ~(1u << lane.warp())) {
-    // the record names one reader only: it may be this lane itself
-    return cell.read_thread != lane.thread
-               ? cell.read_thread
-               : __builtin_ctz(cell.read_warps & ~(1u << lane.warp())) * kWarp;
+    const bool own = cell.read_thread / kWarp == lane.warp();
+    return own ? Reader{cell.other_thread, cell.other_pc} : Reader{cell.read_thread, cell.read_pc};
   }
   for (unsigned rest = cell.read_lanes & ~lane.bit(); rest != 0; rest &= rest - 1) {
     const int thread = lane.warp() * kWarp + __builtin_ctz(rest);
-    if (!ordered(lane, thread, cell.read_epoch, cell.read_clock)) return thread;
+    if (!ordered(lane, thread, cell.read_epoch, cell.read_clock)) return {thread, cell.read_pc};
   }
-  return -1;
+  return {};
 }
 
 void race(const Lane& lane, Access access, size_t size, const char* where, const char* other,
@@ -188,8 +196,8 @@ bool touch_cell(const Lane& lane, Access access, size_t size, const char* where,
     note_reader(lane, cell, pc);
     return false;
   }
-  if (const int reader = unordered_reader(lane, cell); reader >= 0) {
-    race(lane, access, size, where, "read", reader, pc, cell.read_pc);
+  if (const Reader reader = unordered_reader(lane, cell); reader.thread >= 0) {
+    race(lane, access, size, where, "read", reader.thread, pc, reader.pc);
     cell.read_warps = cell.read_lanes = 0;
     return true;
   }
