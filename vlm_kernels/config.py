@@ -32,6 +32,13 @@ _TABLE = (
         ("default", "avx2", "avx512"),
     ),
     Variable(
+        "VLM_CHECK",
+        "0",
+        "run",
+        "1 checks the values of labels on CUDA tensors too, which waits for the device",
+        ("0", "1"),
+    ),
+    Variable(
         "VLM_CUDA", "AUTO", "build", "CUDA kernels: ON, OFF, or AUTO, which is ON if there is nvcc"
     ),
     Variable("VLM_CUDA_ARCHS", "80;90", "build", "GPU architectures to compile for"),

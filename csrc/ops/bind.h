@@ -7,6 +7,15 @@
 
 #include <string>
 
+// The emulated kernels are a library of their own, so that both can live in one process.
+#ifdef VLM_EMULATED
+#define VLM_LIBRARY vlm_kernels_emu
+#else
+#define VLM_LIBRARY vlm_kernels
+#endif
+#define VLM_QUOTE_(x) #x
+#define VLM_QUOTE(x) VLM_QUOTE_(x)
+
 namespace vlm {
 
 template <class Signature>
@@ -15,9 +24,10 @@ struct OpBinder;
 template <class Result, class... Args>
 struct OpBinder<Result(Args...)> {
   static void bind(pybind11::module_& m, const char* name) {
-    const auto handle = c10::Dispatcher::singleton()
-                            .findSchemaOrThrow((std::string("vlm_kernels::") + name).c_str(), "")
-                            .typed<Result(Args...)>();
+    const auto handle =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow((std::string(VLM_QUOTE(VLM_LIBRARY) "::") + name).c_str(), "")
+            .typed<Result(Args...)>();
     m.def(
         name, [handle](Args... args) { return handle.call(std::forward<Args>(args)...); },
         pybind11::call_guard<pybind11::gil_scoped_release>());

@@ -2,7 +2,7 @@
 //
 // The kernels know vectors only. Here ids become dense, weights, reductions and smoothing become
 // coefficients, and statistics become the loss.
-#include "vlm/contrastive.h"
+#include "ops/contrastive.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -20,38 +20,7 @@
 namespace vlm {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-enum Direction : int64_t { kImageToText = 1, kTextToImage = 2 };
-enum Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
-enum Need : int64_t { kNeedImage = 1, kNeedText = 2, kNeedScale = 4, kNeedBias = 8 };
-enum StatsRow { kMax, kSum_, kPositive, kKept, kEntropy, kBestPositive, kBestNegative };
-constexpr int64_t kLossStats = 3, kSmoothStats = 4, kMetricStats = 7;
-constexpr int64_t kMetrics = 10;
 constexpr int64_t kMinScratch = 1 << 20;
-
-// Every argument that both losses share, in the order of the schemas.
-struct Args {
-  const char* op;
-  const Tensor& image;  // (N, D)
-  const Tensor& text;   // (M, D)
-  const OptionalTensor& logit_scale;
-  double scale;
-  const OptionalTensor& logit_bias;
-  double bias;
-  const OptionalTensor& image_ids;
-  const OptionalTensor& text_ids;
-  const OptionalTensor& labels;
-  const OptionalTensor& row_weight;
-  const OptionalTensor& col_weight;
-  bool ignore_same_ids;
-  int64_t workspace_mb;
-
-  int64_t n() const { return image.size(0); }
-  int64_t m() const { return text.size(0); }
-  int64_t d() const { return image.size(1); }
-};
 
 void check_ids(const Args& a, const char* name, const Tensor& ids, int64_t length, const char* of) {
   TORCH_CHECK_TYPE(at::isIntegralType(ids.scalar_type(), false), a.op, ": ", name, " is ",
@@ -68,6 +37,8 @@ void check_weight(const Args& a, const char* name, const OptionalTensor& weight,
   check_length(a.op, name, *weight, length, of);
   check_same_device(a.op, name, *weight, a.image);
 }
+
+}  // namespace
 
 void check(const Args& a) {
   check_dim(a.op, "image_features", a.image, 2, "(N, D)");
@@ -106,26 +77,22 @@ void check(const Args& a) {
                     ", expected a positive number of MiB, or None for the default");
 }
 
-template <class Enum>
-void check_choice(const char* op, const char* name, int64_t value, Enum last) {
+void check_choice(const char* op, const char* name, int64_t value, int64_t last) {
   TORCH_CHECK_VALUE(value >= 0 && value <= last, op, ": unknown ", name, " code ", value);
 }
 
+void clip_check(const Args& a, double label_smoothing, int64_t directions, int64_t reduction) {
+  check(a);
+  TORCH_CHECK_VALUE(label_smoothing >= 0.0 && label_smoothing < 1.0, a.op, ": label_smoothing is ",
+                    label_smoothing, ", expected a number in [0, 1)");
+  check_choice(a.op, "directions", directions, kImageToText | kTextToImage);
+  check_choice(a.op, "reduction", reduction, kNone);
+}
+
+namespace {
+
 float scalar_value(const OptionalTensor& x, double fallback) {
   return static_cast<float>(x ? x->item<double>() : fallback);
-}
-
-Tensor rows_contiguous(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
-}
-
-MatrixRef matrix(const Tensor& x) {
-  return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)};
-}
-
-MutableMatrixRef output(const Tensor& x) {
-  return x.dim() == 2 ? MutableMatrixRef{x.mutable_data_ptr(), x.size(0), x.size(1), x.stride(0)}
-                      : MutableMatrixRef{};
 }
 
 // Which pairs are positives: the kernels' view (dense ids) and the counts of each row and column.
@@ -358,16 +325,6 @@ void write_metrics(const Sides& sides, const SoftmaxStats& row, const SoftmaxSta
   out[9] = negatives > 0.0;
 }
 
-at::TensorOptions f32(const Tensor& like) { return like.options().dtype(at::kFloat); }
-
-void clip_check(const Args& a, double label_smoothing, int64_t directions, int64_t reduction) {
-  check(a);
-  TORCH_CHECK_VALUE(label_smoothing >= 0.0 && label_smoothing < 1.0, a.op, ": label_smoothing is ",
-                    label_smoothing, ", expected a number in [0, 1)");
-  check_choice(a.op, "directions", directions, kImageToText | kTextToImage);
-  check_choice(a.op, "reduction", reduction, kNone);
-}
-
 // -> loss () or (N + M,), stats (3 | 4 | 7, N + M), kept (panels * N * 64,), metrics (10,) or (0,).
 std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss_fwd(
     const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
@@ -460,18 +417,6 @@ struct Coefficients {
     view = {s.max, softmax.data(), positive.data(), smoothing > 0.0 ? kept.data() : nullptr};
   }
 };
-
-Tensor grad_like(const Tensor& x, bool needed) {
-  return needed ? at::empty({x.size(0), x.size(1)}, x.options()) : at::empty({0}, x.options());
-}
-
-// Gradients formed in a forward have seen neither 1 / N nor the incoming gradient: in fp16 many
-// would flush to zero, so that they wait in fp32.
-Tensor formed_like(const Tensor& x, bool needed) {
-  const auto dtype = x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
-  return needed ? at::empty({x.size(0), x.size(1)}, x.options().dtype(dtype))
-                : at::empty({0}, x.options().dtype(dtype));
-}
 
 Tensor scalar_grad(const OptionalTensor& x, bool needed, const Tensor& features, double value) {
   if (!needed || !x) return at::empty({0}, f32(features));
@@ -829,7 +774,7 @@ constexpr const char* kSiglipBwd =
     "bool ignore_same_ids, int reduction, int workspace_mb, Tensor formed_image, "
     "Tensor formed_text, Tensor sums, int needs) -> (Tensor, Tensor, Tensor, Tensor)";
 
-TORCH_LIBRARY_FRAGMENT(vlm_kernels, m) {
+TORCH_LIBRARY_FRAGMENT(VLM_LIBRARY, m) {
   m.def(kClipFwd);
   m.def(kClipBwd);
   m.def(kOneWayFwd);
@@ -838,6 +783,7 @@ TORCH_LIBRARY_FRAGMENT(vlm_kernels, m) {
   m.def(kSiglipBwd);
 }
 
+#ifndef VLM_EMULATED  // there the CPU key belongs to the emulated kernels
 TORCH_LIBRARY_IMPL(vlm_kernels, CPU, m) {
   m.impl("clip_loss_fwd", clip_loss_fwd);
   m.impl("clip_loss_bwd", clip_loss_bwd);
@@ -846,10 +792,20 @@ TORCH_LIBRARY_IMPL(vlm_kernels, CPU, m) {
   m.impl("siglip_loss_fwd", siglip_loss_fwd);
   m.impl("siglip_loss_bwd", siglip_loss_bwd);
 }
+#endif
 
 }  // namespace
 
+void set_contrastive_tiles(const std::string& kind) {
+  TORCH_CHECK_VALUE(kind == "gemm" || kind == "fused", "set_contrastive_tiles: kind is '", kind,
+                    "', expected 'gemm' or 'fused'");
+  fused_tiles = kind == "fused";
+}
+
 void bind_contrastive(pybind11::module_& m) {
+  m.def("set_contrastive_tiles", &set_contrastive_tiles, pybind11::arg("kind"),
+        "Who multiplies the similarity on CUDA: 'gemm', torch's, or 'fused', our own mma.sync "
+        "tiles (16-bit inputs in 16-byte aligned rows; others stay with torch's).");
   bind_op<decltype(clip_loss_fwd)>(m, "clip_loss_fwd");
   bind_op<decltype(clip_loss_bwd)>(m, "clip_loss_bwd");
   bind_op<decltype(clip_loss_one_way_fwd)>(m, "clip_loss_one_way_fwd");

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from .. import _backends
+from .. import _backends, config
 from .._load import _C, warn_once
 from ..reference import contrastive as _reference
 
@@ -67,7 +67,9 @@ def clip_loss(
         image_ids, text_ids: (N,) and (M,) integers; pairs of equal ids are the positives. Without
             ids and labels the diagonal is.
         labels: (N,) integers, the row of text_features that belongs to each image; -1 leaves an
-            image without a loss of its own, while it stays a negative for the texts.
+            image without a loss of its own, while it stays a negative for the texts. On CUDA
+            other values count as -1, unless VLM_CHECK=1 has them checked, which waits for the
+            device.
         weights: (row (N,) or None, column (M,) or None), factors of the losses of images and texts.
             They are constants.
         label_smoothing: in [0, 1), spread evenly over the entries of the denominator.
@@ -80,7 +82,7 @@ def clip_loss(
         return_metrics: also return a dict of detached fp32 scalars: image_to_text_top1,
             text_to_image_top1, positive_logit, negative_logit, and for each direction's softmax
             _entropy (nats) and _perplexity.
-        backend: "auto", "triton", "cpu" or "reference"; see `vlm_kernels.explain`.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; see `vlm_kernels.explain`.
 
     Returns:
         The loss, fp32 of shape (); for "none" a tuple (row (N,), column (M,)), 0 where there is
@@ -130,6 +132,8 @@ def clip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
+    if labels is not None and not labels.is_cpu:
+        _check_labels("clip_loss", labels, text_features)
     scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale, image_features)
     row_weight, column_weight = _weights("clip_loss", weights)
     workspace_mb = _workspace_mb(image_features) if workspace_mb is None else workspace_mb
@@ -243,6 +247,8 @@ def siglip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
+    if labels is not None and not labels.is_cpu:
+        _check_labels("siglip_loss", labels, text_features)
     scale, scale_value = _scalar("siglip_loss", "logit_scale", logit_scale, image_features)
     bias, bias_value = (
         (None, 0.0)
@@ -527,6 +533,18 @@ def _autocast(image: Any, text: Any) -> tuple[Any, Any]:
     return cast(image), cast(text)
 
 
+def _check_labels(op: str, labels: Tensor, text: Tensor) -> None:
+    """Waits for the device, and only where VLM_CHECK=1 asks for it."""
+    if torch.compiler.is_compiling() or config.get("VLM_CHECK") != "1":
+        return
+    wrong = (labels < -1) | (labels >= text.shape[0])
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{op}: labels holds {int(labels[wrong][0])}, expected a row of text_features in "
+            f"[0, {text.shape[0]}) or -1 for none"
+        )
+
+
 def _scalar(
     op: str, name: str, value: Scalar, features: Tensor | None = None
 ) -> tuple[Tensor | None, float]:
@@ -665,6 +683,15 @@ def _why_not_cpu(image_features: Tensor, text_features: Tensor, *_: Any, **__: A
     return None
 
 
+def _why_not_cuda(image_features: Tensor, text_features: Tensor, *_: Any, **__: Any) -> str | None:
+    for name, x in (("image_features", image_features), ("text_features", text_features)):
+        if x.device.type != "cuda":
+            return f"{name} is on {x.device}"
+        if x.dtype not in _DTYPES:
+            return f"{name} is {x.dtype}; the kernels take float32, bfloat16 and float16"
+    return None
+
+
 def _why_not_triton(
     image_features: Tensor, text_features: Tensor, *_: Any, **__: Any
 ) -> str | None:
@@ -680,6 +707,7 @@ def _why_not_triton(
 
 
 for _op in ("clip_loss", "siglip_loss"):
+    _backends.register(_op, "cuda", _why_not_cuda)
     _backends.register(_op, "triton", _why_not_triton)
     _backends.register(_op, "cpu", _why_not_cpu)
     _backends.register(_op, "reference", lambda *_, **__: None)

@@ -4,6 +4,7 @@
 // similarity S = sign(scale) * image text^T, so that |scale| * S is the scaled logit in both signs.
 #pragma once
 
+#include "vlm/gemm.h"
 #include "vlm/types.h"
 
 namespace vlm {
@@ -112,4 +113,94 @@ void sigmoid_loss(const ContrastiveInputs& in, const SigmoidTerms& terms, const 
                   const SoftmaxStats& col, const ContrastiveGrads& out, void* scratch);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// A call on the device: every pointer but `gemm`'s is one of the device, and no function below
+// waits for it or reads from it. Each returns nullptr, or why a kernel did not start.
+struct ContrastiveCall {
+  MatrixRef image;  // (N, D)
+  MatrixRef text;   // (M, D)
+  DType dtype = DType::f32;
+  const float* scale = nullptr;  // one number
+  const float* bias = nullptr;   // one number; read by the sigmoid loss only
+  Positives positives = Positives::diagonal;
+  const int64_t* image_ids = nullptr;  // (N,); null: row i has the id i
+  const int64_t* text_ids = nullptr;   // (M,); null: column j has the id j
+  const float* row_weight = nullptr;   // (N,) or null: ones
+  const float* col_weight = nullptr;   // (M,) or null: ones
+  int64_t workspace = 0;               // bytes the blocks are sized for
+  bool fused = false;                  // similarity by our own mma.sync tiles, 16-bit inputs only
+  Gemm gemm;
+  void* stream = nullptr;
+};
+
+enum class Reduction { mean, sum, none };
+
+struct ClipOptions {
+  bool rows = true, cols = true;  // image to text, text to image
+  Reduction reduction = Reduction::mean;
+  float smoothing = 0.f;
+};
+
+constexpr int kContrastiveMetrics = 10;
+
+// Bytes of scratch of each function below, with the `pass` that it names: within call.workspace
+// where blocks can be made that small, plus the fp32 accumulator of dLoss/dtext for 16-bit
+// gradients, plus O(N + M).
+int64_t contrastive_scratch_bytes(const ContrastiveCall& call, ContrastivePass pass, bool metrics);
+
+// InfoNCE. Fills `row` (N) and `col` (M); losses (N + M), which is the result for
+// Reduction::none; loss (one number) otherwise; metrics (kContrastiveMetrics) or null. Pass: {}.
+const char* clip_forward(const ContrastiveCall& call, const ClipOptions& options,
+                         const SoftmaxStats& row, const SoftmaxStats& col, float* losses,
+                         float* loss, float* metrics, void* scratch);
+
+// Gradients of InfoNCE times `grad` (one number, or (N + M) for Reduction::none), in the dtype of
+// the inputs, and of the scale (one number, or null). Pass: what `out` asks for.
+const char* clip_backward(const ContrastiveCall& call, const ClipOptions& options,
+                          const SoftmaxStats& row, const SoftmaxStats& col, const float* grad,
+                          const ContrastiveGrads& out, float* scale_grad, void* scratch);
+
+// The row direction of InfoNCE with its gradients in one pass: loss (one number), gradients with
+// respect to the similarity, sums (2): of G * S, and the divisor that none of them has seen. Pass:
+// whole_columns (here whole rows) and what `out` asks for.
+const char* clip_one_way(const ContrastiveCall& call, const ClipOptions& options, float* loss,
+                         const ContrastiveGrads& out, double* sums, void* scratch);
+
+// The sigmoid loss: row_loss (N,), loss (one number, or null), and where `out` asks for gradients
+// those with respect to the similarity and sums (2): of G * S and of G. `row_grad` (N,) or null
+// multiplies the row weights. Pass: what `out` asks for.
+const char* siglip_pass(const ContrastiveCall& call, Reduction reduction, const float* row_grad,
+                        float* row_loss, float* loss, const ContrastiveGrads& out, double* sums,
+                        float* metrics, void* scratch);
+
+// What gradients that a forward formed still lack, times `grad` (one number, or null for 1):
+// factors (3): of the features, of the scale's sum and of the bias's sum. The divisor is
+// *divisor, or if that is null the sum of row_weight (N,), or if `reduction` is not mean 1.
+// scale_grad and bias_grad (one number each) may be null.
+struct FormedGrads {
+  const float* grad = nullptr;
+  const float* scale = nullptr;
+  const double* sums = nullptr;
+  const double* divisor = nullptr;
+  const float* row_weight = nullptr;
+  int64_t rows = 0;
+  Reduction reduction = Reduction::mean;
+  float* scale_grad = nullptr;
+  float* bias_grad = nullptr;
+};
+
+// to[i] = from[i] * what is still missing, rounded once, for `image` and `text`, each (from, to) of
+// equal shape and contiguous, or null.
+struct FormedMatrix {
+  const void* from = nullptr;
+  void* to = nullptr;
+  int64_t count = 0;
+};
+
+const char* finish_formed(const FormedGrads& formed, FormedMatrix image, FormedMatrix text,
+                          DType from, DType to, double* factor, void* stream);
+
+}  // namespace cuda
 }  // namespace vlm
