@@ -102,7 +102,7 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[N], const void* row
 
 // Copies global -> shared without waiting: 16, 8 or 4 bytes, both addresses aligned to that. Only
 // the first `bytes` are read, the rest of the destination becomes zero; with bytes = 0 nothing is
-// read, but the address must still be one inside the tensor. cp_async_16 bypasses L1.
+// read, but the address must still be aligned. cp_async_16 bypasses L1.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes)
