@@ -78,16 +78,6 @@ def clip_loss_one_way_bwd(
     needs: int,
     /,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
-def clip_loss_one_way_bwd_in_place(
-    grad: Tensor,
-    logit_scale: Tensor | None,
-    scale: float,
-    formed_image: Tensor,
-    formed_text: Tensor,
-    sums: Tensor,
-    needs: int,
-    /,
-) -> tuple[Tensor, Tensor, Tensor]: ...
 def siglip_loss_fwd(
     image: Tensor,
     text: Tensor,
@@ -129,8 +119,47 @@ def siglip_loss_bwd(
     needs: int,
     /,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def siglip_loss_bwd_in_place(
-    grad: Tensor,
+
+# The same under autograd, in eager mode.
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | None,
+    scale: float,
+    logit_bias: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_same_ids: bool,
+    directions: int,
+    reduction: int,
+    workspace_mb: int,
+    kept_panels: int,
+    metrics: bool,
+    /,
+) -> tuple[Tensor, Tensor | None]: ...
+def clip_loss_one_way(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | None,
+    scale: float,
+    logit_bias: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_same_ids: bool,
+    directions: int,
+    reduction: int,
+    workspace_mb: int,
+    /,
+) -> Tensor: ...
+def siglip_loss(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor | None,
@@ -145,9 +174,6 @@ def siglip_loss_bwd_in_place(
     ignore_same_ids: bool,
     reduction: int,
     workspace_mb: int,
-    formed_image: Tensor,
-    formed_text: Tensor,
-    sums: Tensor,
-    needs: int,
+    metrics: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor | None]: ...

@@ -18,16 +18,21 @@
 
 namespace vlm {
 
+// A registered op of this library, to be looked up once.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> op_handle(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string(VLM_QUOTE(VLM_LIBRARY) "::") + name).c_str(), "")
+      .typed<Signature>();
+}
+
 template <class Signature>
 struct OpBinder;
 
 template <class Result, class... Args>
 struct OpBinder<Result(Args...)> {
   static void bind(pybind11::module_& m, const char* name) {
-    const auto handle =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow((std::string(VLM_QUOTE(VLM_LIBRARY) "::") + name).c_str(), "")
-            .typed<Result(Args...)>();
+    const auto handle = op_handle<Result(Args...)>(name);
     m.def(
         name, [handle](Args... args) { return handle.call(std::forward<Args>(args)...); },
         pybind11::call_guard<pybind11::gil_scoped_release>());

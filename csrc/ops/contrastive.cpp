@@ -588,11 +588,15 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_one_way_bwd(const Tensor& grad,
   return one_way_bwd(false, grad, logit_scale, scale, formed_image, formed_text, sums, needs);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> clip_loss_one_way_bwd_in_place(
     const Tensor& grad, const OptionalTensor& logit_scale, double scale, const Tensor& formed_image,
     const Tensor& formed_text, const Tensor& sums, int64_t needs) {
   return one_way_bwd(true, grad, logit_scale, scale, formed_image, formed_text, sums, needs);
 }
+
+namespace {
 
 double siglip_divisor(const Call& call, int64_t reduction) {
   if (reduction != kMean) return 1.0;
@@ -740,8 +744,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
                       reduction, workspace_mb, formed_image, formed_text, sums, needs);     \
   }
 VLM_SIGLIP_BWD(siglip_loss_bwd, false)
+
+}  // namespace
+
 VLM_SIGLIP_BWD(siglip_loss_bwd_in_place, true)
 #undef VLM_SIGLIP_BWD
+
+namespace {
 
 #define VLM_PAIR_ARGS \
   "Tensor? image_ids, Tensor? text_ids, Tensor? labels, Tensor? row_weight, Tensor? col_weight, "
@@ -806,16 +815,13 @@ void bind_contrastive(pybind11::module_& m) {
   m.def("set_contrastive_tiles", &set_contrastive_tiles, pybind11::arg("kind"),
         "Who multiplies the similarity on CUDA: 'gemm', torch's, or 'fused', our own mma.sync "
         "tiles (16-bit inputs in 16-byte aligned rows; others stay with torch's).");
-  bind_op<decltype(clip_loss_fwd)>(m, "clip_loss_fwd");
-  bind_op<decltype(clip_loss_bwd)>(m, "clip_loss_bwd");
-  bind_op<decltype(clip_loss_one_way_fwd)>(m, "clip_loss_one_way_fwd");
-  bind_op<decltype(clip_loss_one_way_bwd)>(m, "clip_loss_one_way_bwd");
-  bind_op<decltype(siglip_loss_fwd)>(m, "siglip_loss_fwd");
-  bind_op<decltype(siglip_loss_bwd)>(m, "siglip_loss_bwd");
-  // Eager only, where the graph is not kept: saves a second copy of the gradients.
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  m.def("siglip_loss_bwd_in_place", &siglip_loss_bwd_in_place, no_gil);
-  m.def("clip_loss_one_way_bwd_in_place", &clip_loss_one_way_bwd_in_place, no_gil);
+  bind_op<ClipLossFwd>(m, "clip_loss_fwd");
+  bind_op<ClipLossBwd>(m, "clip_loss_bwd");
+  bind_op<ClipLossOneWayFwd>(m, "clip_loss_one_way_fwd");
+  bind_op<ClipLossOneWayBwd>(m, "clip_loss_one_way_bwd");
+  bind_op<SiglipLossFwd>(m, "siglip_loss_fwd");
+  bind_op<SiglipLossBwd>(m, "siglip_loss_bwd");
+  bind_contrastive_autograd(m);
 }
 
 }  // namespace vlm

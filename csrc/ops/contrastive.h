@@ -79,4 +79,44 @@ inline Tensor formed_like(const Tensor& x, bool needed) {
                 : at::empty({0}, x.options().dtype(dtype));
 }
 
+// The registered ops.
+using ClipLossFwd = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
+    const OptionalTensor& image_ids, const OptionalTensor& text_ids, const OptionalTensor& labels,
+    const OptionalTensor& row_weight, const OptionalTensor& col_weight, double label_smoothing,
+    bool ignore_same_ids, int64_t directions, int64_t reduction, int64_t workspace_mb,
+    c10::SymInt kept_panels, bool metrics);
+using ClipLossBwd = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& grad, const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale,
+    double scale, const OptionalTensor& image_ids, const OptionalTensor& text_ids,
+    const OptionalTensor& labels, const OptionalTensor& row_weight,
+    const OptionalTensor& col_weight, double label_smoothing, bool ignore_same_ids,
+    int64_t directions, int64_t reduction, int64_t workspace_mb, const Tensor& stats,
+    const Tensor& kept, int64_t needs);
+using ClipLossOneWayFwd = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
+    const OptionalTensor& image_ids, const OptionalTensor& text_ids, const OptionalTensor& labels,
+    const OptionalTensor& row_weight, const OptionalTensor& col_weight, double label_smoothing,
+    bool ignore_same_ids, int64_t directions, int64_t reduction, int64_t workspace_mb,
+    int64_t needs);
+using ClipLossOneWayBwd = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& grad, const OptionalTensor& logit_scale, double scale, const Tensor& formed_image,
+    const Tensor& formed_text, const Tensor& sums, int64_t needs);
+using SiglipLossFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale, double scale,
+    const OptionalTensor& logit_bias, double bias, const OptionalTensor& image_ids,
+    const OptionalTensor& text_ids, const OptionalTensor& labels, const OptionalTensor& row_weight,
+    const OptionalTensor& col_weight, bool ignore_same_ids, int64_t reduction, int64_t workspace_mb,
+    int64_t needs, bool metrics);
+using SiglipLossBwd = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor& grad, const Tensor& image, const Tensor& text, const OptionalTensor& logit_scale,
+    double scale, const OptionalTensor& logit_bias, double bias, const OptionalTensor& image_ids,
+    const OptionalTensor& text_ids, const OptionalTensor& labels, const OptionalTensor& row_weight,
+    const OptionalTensor& col_weight, bool ignore_same_ids, int64_t reduction, int64_t workspace_mb,
+    const Tensor& formed_image, const Tensor& formed_text, const Tensor& sums, int64_t needs);
+
+// On the CPU and where nobody else will read the forward's gradients: saves a second copy of them.
+ClipLossOneWayBwd clip_loss_one_way_bwd_in_place;
+SiglipLossBwd siglip_loss_bwd_in_place;
+
 }  // namespace vlm

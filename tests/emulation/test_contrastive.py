@@ -28,7 +28,6 @@ def _emulated(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """CPU tensors go to the emulated CUDA kernels, by the rules of CUDA tensors."""
     monkeypatch.setattr(op, "_C", extension)
     monkeypatch.setattr(op, "_kept_panels", lambda *_: 0)
-    monkeypatch.setattr(op, "_may_overwrite", lambda _: False)
     yield
     extension.set_contrastive_tiles("gemm")
 
@@ -84,13 +83,13 @@ def test_blocks(name: str, dtype: torch.dtype) -> None:
 def test_one_direction(directions: str, pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one pass, its gradients formed in the forward, and in two."""
     variant = Variant("clip_loss", pairs, "both", 0.1, directions)
-    for i, fn in enumerate((op._ClipOneWayFn, op._ClipLossFn)):
-        monkeypatch.setattr(op, "_fn_of_one_direction", lambda *_, fn=fn: fn)
+    for i, one_pass in enumerate((True, False)):
+        monkeypatch.setattr(op, "_one_pass", lambda *_, answer=one_pass: answer)
         check(Case(97, 150, 16, spec.DTYPES[1 + i], variant))
 
 
 def test_one_direction_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "_fn_of_one_direction", lambda *_: op._ClipOneWayFn)
+    monkeypatch.setattr(op, "_one_pass", lambda *_: True)
     for directions in spec.DIRECTIONS[1:]:
         variant = Variant("clip_loss", directions=directions)
         check(Case(330, 1500, 4, torch.bfloat16, variant), workspace_mb=1)

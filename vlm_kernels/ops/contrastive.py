@@ -151,6 +151,8 @@ def clip_loss(
             f"clip_loss: logit_bias has shape {tuple(bias.shape)}, expected () or (1,)"
         )
     metrics: Any = None
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("clip_loss", image_features, text_features, scale)
     if torch.is_grad_enabled() and (
         image_features.requires_grad
         or text_features.requires_grad
@@ -160,21 +162,39 @@ def clip_loss(
         panels = 0
         if chosen == "cpu":
             panels = _kept_panels(image_features, text_features, workspace_mb)
-        fn = _ClipLossFn
-        if directions != "both" and reduction != "none" and not return_metrics:
-            fn = _fn_of_one_direction(image_features, text_features, panels, workspace_mb)
-        loss = fn.apply(
-            image_features,
-            text_features,
-            scale,
-            bias,
-            (chosen, tensors, scale_value, panels, return_metrics, options),
+        one_pass = (
+            directions != "both"
+            and reduction != "none"
+            and not return_metrics
+            and _one_pass(image_features, text_features, panels, workspace_mb)
         )
-        if return_metrics:
-            loss, metrics = loss
+        if chosen == "triton" or torch.compiler.is_compiling():
+            loss = (_ClipOneWayFn if one_pass else _ClipLossFn).apply(
+                image_features,
+                text_features,
+                scale,
+                bias,
+                (chosen, tensors, scale_value, panels, return_metrics, options),
+            )
+            if return_metrics:
+                loss, metrics = loss
+        elif one_pass:
+            loss = _C.clip_loss_one_way(
+                image_features, text_features, scale, scale_value, bias, *tensors, *options
+            )
+        else:
+            loss, metrics = _C.clip_loss(
+                image_features,
+                text_features,
+                scale,
+                scale_value,
+                bias,
+                *tensors,
+                *options,
+                panels,
+                return_metrics,
+            )
     else:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents("clip_loss", image_features, text_features, scale)
         loss, _, _, metrics = _ops(chosen).clip_loss_fwd(
             image_features, text_features, scale, scale_value, *tensors, *options, 0, return_metrics
         )
@@ -262,25 +282,35 @@ def siglip_loss(
         _REDUCTIONS[reduction],
         _workspace_mb(image_features) if workspace_mb is None else workspace_mb,
     )
-    needs = 0
-    if torch.is_grad_enabled():
-        needs = (
-            _NEED_IMAGE * image_features.requires_grad
-            + _NEED_TEXT * text_features.requires_grad
-            + _NEED_SCALE * (scale is not None and scale.requires_grad)
-            + _NEED_BIAS * (bias is not None and bias.requires_grad)
-        )
     metrics: Any = None
-    if needs:
-        values = (scale_value, bias_value, needs, return_metrics)
-        loss = _SiglipLossFn.apply(
-            image_features, text_features, scale, bias, (chosen, tensors, values, options)
-        )
-        if return_metrics:
-            loss, metrics = loss
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("siglip_loss", image_features, text_features, scale, bias)
+    if torch.is_grad_enabled() and (
+        image_features.requires_grad
+        or text_features.requires_grad
+        or (scale is not None and scale.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        if chosen == "triton" or torch.compiler.is_compiling():
+            values = (scale_value, bias_value, return_metrics)
+            loss = _SiglipLossFn.apply(
+                image_features, text_features, scale, bias, (chosen, tensors, values, options)
+            )
+            if return_metrics:
+                loss, metrics = loss
+        else:
+            loss, metrics = _C.siglip_loss(
+                image_features,
+                text_features,
+                scale,
+                scale_value,
+                bias,
+                bias_value,
+                *tensors,
+                *options,
+                return_metrics,
+            )
     else:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents("siglip_loss", image_features, text_features, scale, bias)
         loss, _, _, _, metrics = _ops(chosen).siglip_loss_fwd(
             image_features,
             text_features,
@@ -294,6 +324,10 @@ def siglip_loss(
             return_metrics,
         )
     return (loss, _metrics(metrics, logit_bias)) if return_metrics else loss
+
+
+# For torch.compile and Triton. Eager calls of the extension have their nodes in C++, which cost
+# less: csrc/ops/contrastive_autograd.cpp.
 
 
 class _ClipLossFn(torch.autograd.Function):
@@ -351,12 +385,7 @@ class _ClipOneWayFn(torch.autograd.Function):
         call: Any,
     ) -> Any:
         backend, tensors, value, _panels, _metrics, options = call
-        needs = sum(
-            bit * need
-            for bit, need in zip(
-                (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE), ctx.needs_input_grad, strict=False
-            )
-        )
+        needs = _needs(ctx) & ~_NEED_BIAS
         loss, *formed = _ops(backend).clip_loss_one_way_fwd(
             image, text, scale, value, *tensors, *options, needs
         )
@@ -368,10 +397,7 @@ class _ClipOneWayFn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         scale, bias, *formed = ctx.saved_tensors
-        run = _ops(ctx.backend).clip_loss_one_way_bwd
-        if ctx.backend == "cpu" and _may_overwrite(grad):
-            run = _C.clip_loss_one_way_bwd_in_place
-        grads = run(grad, scale, ctx.value, *formed, ctx.needs)
+        grads = _ops(ctx.backend).clip_loss_one_way_bwd(grad, scale, ctx.value, *formed, ctx.needs)
         return (
             grads[0].to(ctx.dtype) if ctx.needs & _NEED_IMAGE else None,
             grads[1].to(ctx.dtype) if ctx.needs & _NEED_TEXT else None,
@@ -392,7 +418,8 @@ class _SiglipLossFn(torch.autograd.Function):
         call: Any,
     ) -> Any:
         backend, tensors, values, options = call
-        scale_value, bias_value, needs, metrics = values
+        scale_value, bias_value, metrics = values
+        needs = _needs(ctx)
         loss, *formed, measured = _ops(backend).siglip_loss_fwd(
             image, text, scale, scale_value, bias, bias_value, *tensors, *options, needs, metrics
         )
@@ -407,11 +434,9 @@ class _SiglipLossFn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         image, text, scale, bias, *formed = ctx.saved_tensors
-        backend, tensors, (scale_value, bias_value, needs, _metrics), options = ctx.call
-        run = _ops(backend).siglip_loss_bwd
-        if backend == "cpu" and _may_overwrite(grad):
-            run = _C.siglip_loss_bwd_in_place
-        grads = run(
+        backend, tensors, (scale_value, bias_value, _metrics), options = ctx.call
+        needs = _needs(ctx)
+        grads = _ops(backend).siglip_loss_bwd(
             grad,
             image,
             text,
@@ -427,6 +452,11 @@ class _SiglipLossFn(torch.autograd.Function):
         bits = (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS)
         needed = (g if needs & bit else None for g, bit in zip(grads, bits, strict=True))
         return (*needed, None)
+
+
+def _needs(ctx: Any) -> int:
+    bits = (_NEED_IMAGE, _NEED_TEXT, _NEED_SCALE, _NEED_BIAS)
+    return sum(bit * need for bit, need in zip(bits, ctx.needs_input_grad, strict=False))
 
 
 def _ops(backend: str) -> Any:
@@ -446,17 +476,6 @@ def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
             )
 
 
-def _may_overwrite(grad: Tensor) -> bool:
-    """Whether what this backward saved is its own to overwrite: eager, and no backward after it."""
-    return (
-        type(grad) is Tensor
-        and grad.is_cpu
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    )
-
-
 def _workspace_mb(image: Tensor) -> int:
     return _WORKSPACE_MB.get(image.device.type, 64)
 
@@ -472,15 +491,16 @@ def _kept_panels(image: Tensor, text: Tensor, workspace_mb: int) -> Any:
     return min(fit, panels) if isinstance(panels, int) else torch.sym_min(fit, panels)
 
 
-def _fn_of_one_direction(image: Tensor, text: Tensor, panels: int, workspace_mb: int) -> Any:
-    """One pass where the similarity of both passes is not kept anyway, but that of some columns."""
+def _one_pass(image: Tensor, text: Tensor, panels: int, workspace_mb: int) -> bool:
+    """Whether one direction forms its gradients in the forward: not where the similarity is kept
+    anyway, nor where the scratch does not hold enough columns of it."""
     if torch.compiler.is_compiling() or panels * 64 >= text.shape[0]:
-        return _ClipLossFn
+        return False
     longest = max(image.shape[0], text.shape[0])
     if not image.is_cpu:  # rows of S and G as long as the softmax, enough of them for the products
         bytes_ = 1024 * longest * (4 if image.dtype == torch.float32 else 6)
-        return _ClipOneWayFn if bytes_ <= workspace_mb << 20 else _ClipLossFn
-    return _ClipOneWayFn if 2 * longest * 1024 <= workspace_mb << 20 else _ClipLossFn
+        return bytes_ <= workspace_mb << 20
+    return 2 * longest * 1024 <= workspace_mb << 20
 
 
 def _unknown(op: str, name: str, value: object, known: dict[str, int]) -> str:
