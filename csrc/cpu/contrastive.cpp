@@ -586,7 +586,7 @@ struct Scratch {
   uint32_t* text_t;       // text^T as B operand of S: [panel][D words][64]
   T* text_rows;           // text as B operand of dX: [D / 64][bn][64]
   T* image_t;             // image^T as A operand of dY^T: [block of rows, or 1](D, bm + pad)
-  uint32_t* grad_panels;  // G as B operand of dY^T: [2][panel][bm][64]
+  uint32_t* grad_panels;  // G as B operand of dY^T: [panel][bm][64]
   float* text_grad;       // dY^T of the block: [panel][D][64]
   float* image_grad;      // dX (N, D) of 16-bit inputs
   float* columns;         // S of whole columns: [panel][N][64]
@@ -612,7 +612,6 @@ struct Plan {
   bool f32_out;
 
   int64_t words(int64_t per_word) const { return ceil_div(d, per_word); }
-  int64_t grad_panels_size(int64_t per_word) const { return bn * bm / per_word; }
   int64_t image_t_size() const { return d * (bm + kPad); }
 };
 
@@ -626,7 +625,7 @@ int64_t carve(const Plan& p, int threads, char* base, Scratch<T>* out) {
   if (p.pass.image && !p.f32_out) s.image_grad = arena.take<float>(p.n * p.d);
   if (p.pass.text) {
     s.image_t = arena.take<T>((p.transpose_once ? ceil_div(p.n, p.bm) : 1) * p.image_t_size());
-    s.grad_panels = arena.take<uint32_t>(2 * p.grad_panels_size(kPerWord<T>));
+    s.grad_panels = arena.take<uint32_t>(panels * p.bm / kPerWord<T> * kPanel);
     s.text_grad = arena.take<float>(panels * p.d * kPanel);
   }
   if (p.pass.whole_columns) s.columns = arena.take<float>(panels * p.n * kPanel);
@@ -811,9 +810,6 @@ class Blocks {
     float* dx = plan_.f32_out ? static_cast<float*>(out.image.data) : scratch_.image_grad;
     const int64_t dx_ld = plan_.f32_out ? out.image.stride : plan_.d;
     const int64_t cols = panels * kPanel, depth = round_up(rows, kLanes);
-    // Two in turns: a line that the other core has just read is slow to write.
-    uint32_t* grad_panels = scratch_.grad_panels;
-    if (grad_panels && i0 / plan_.bm % 2) grad_panels += plan_.grad_panels_size(kPerWord<T>);
     parallel_for(ceil_div(rows, kRows), [&](int64_t t, int thread) {
       const RowTile row = row_tile(i0 + t * kRows, i0 + rows, thread);
       const int64_t local = t * kRows;
@@ -821,7 +817,7 @@ class Blocks {
         pack_transposed<T>(in_.image, in_.dtype, row.row, row.rows, image_t(i0) + local,
                            plan_.bm + kPad);
       }
-      const GradTile<T> g = grad_tile(grad_panels, local, thread);
+      const GradTile<T> g = grad_tile(local, thread);
       for (int64_t p = 0; p < panels; p += kTilePanels) {
         const Tile tile = similarity(row, j0, p, min(kTilePanels, panels - p), kept, false, thread);
         epilogue(tile, at_panel(g, p));
@@ -835,7 +831,7 @@ class Blocks {
       gemm_.release();
     });
     merge(stats, j0, panels, rows);
-    if (plan_.pass.text) text_grads(grad_panels, j0, panels, i0, rows, depth, out.text);
+    if (plan_.pass.text) text_grads(j0, panels, i0, rows, depth, out.text);
   }
 
   // dX of 16-bit inputs: from its fp32 sums to the output, rounded once.
@@ -901,10 +897,11 @@ class Blocks {
   }
 
   // G of the row tile at row `local` of the block: row-major in this thread's scratch.
-  GradTile<T> grad_tile(uint32_t* panels, int64_t local, int thread) const {
+  GradTile<T> grad_tile(int64_t local, int thread) const {
     char* base = reinterpret_cast<char*>(scratch_.image_rows(thread));
     const int64_t offset = round_up(kRows * plan_.image_ld * sizeof(T), 64) +
                            round_up(kRows * kTileCols * sizeof(float), 64);
+    uint32_t* panels = scratch_.grad_panels;
     return {reinterpret_cast<T*>(base + offset), plan_.bn + kPad,
             panels ? panels + local / kPerWord<T> * kPanel : nullptr,
             plan_.bm / kPerWord<T> * kPanel};
@@ -926,15 +923,15 @@ class Blocks {
   }
 
   // dY^T += X^T G for each panel of the block, and out once the last rows are in.
-  void text_grads(const uint32_t* grad_panels, int64_t j0, int64_t panels, int64_t i0, int64_t rows,
-                  int64_t depth, const MutableMatrixRef& out) const {
+  void text_grads(int64_t j0, int64_t panels, int64_t i0, int64_t rows, int64_t depth,
+                  const MutableMatrixRef& out) const {
     const int64_t d = plan_.d, splits = ceil_div(d, kSplit);
     parallel_for(panels * splits, [&](int64_t unit, int) {
       const int64_t p = unit % panels, first = unit / panels * kSplit;  // X^T stays in the cache
       float* c = scratch_.text_grad + p * d * kPanel + first * kPanel;
       for (int64_t k = 0; k < depth; k += plan_.depth) {
         const T* a = image_t(i0) + first * (plan_.bm + kPad) + k;
-        const T* b = reinterpret_cast<const T*>(grad_panels) + (p * plan_.bm + k) * kPanel;
+        const T* b = reinterpret_cast<const T*>(scratch_.grad_panels) + (p * plan_.bm + k) * kPanel;
         gemm_({min(kSplit, d - first), kPanel, min(plan_.depth, depth - k), plan_.bm + kPad, kPanel,
                kPanel, i0 + k > 0},
               a, b, c);

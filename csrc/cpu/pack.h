@@ -77,8 +77,8 @@ static void pack_transposed_panel(const MatrixRef& x, DType dtype, int64_t row, 
                                   uint32_t* dst) {
   const uint32_t sign = flip ? (sizeof(T) == 4 ? 0x80000000u : 0x80008000u) : 0u;
   const int64_t words = ceil_div(x.cols, kPerWord<T>);
-  for (int64_t group = 0; group < kPanel; group += kLanes) {
-    for (int64_t w = 0; w < words; w += kLanes) {  // 16 streams, as many as are prefetched
+  for (int64_t w = 0; w < words; w += kLanes) {
+    for (int64_t group = 0; group < kPanel; group += kLanes) {
       vu v[16];
       load_transposed<T>(v, x, dtype, row + group, w);
       const int64_t count = min(kLanes, words - w);
