@@ -10,7 +10,7 @@ import torch
 
 from . import _load, config
 
-ORDER = ("cuda", "triton", "cpu", "reference")  # "auto" takes the first that can run
+ORDER = ("cuda", "cpu", "triton", "reference")  # "auto" takes the first that can run
 
 WhyNot = Callable[..., "str | None"]
 

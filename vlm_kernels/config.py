@@ -22,7 +22,7 @@ _TABLE = (
         "auto",
         "run",
         'backend of every call that leaves backend="auto"; it must be able to run the call',
-        ("auto", "cuda", "triton", "cpu", "reference"),
+        ("auto", "cuda", "cpu", "triton", "reference"),
     ),
     Variable(
         "VLM_CPU_ISA",

@@ -21,7 +21,9 @@ constexpr int64_t kRows = 128;      // rows of a tile
 constexpr int64_t kTilePanels = 2;  // panels an epilogue sees at once
 constexpr int64_t kTileCols = kTilePanels * kPanel;
 constexpr int64_t kSplit = 256;  // columns of X one unit of dY^T takes
-constexpr int64_t kPad = 32;     // keeps leading dimensions off multiples of a page
+constexpr int64_t kTerms =
+    512;                      // of S summed in a row at most: sums of one sign drift as they grow
+constexpr int64_t kPad = 32;  // keeps leading dimensions off multiples of a page
 constexpr int64_t kMaxBlock = 8192;
 
 static_assert(kPanel == kKeptPanelColumns);
@@ -882,9 +884,13 @@ class Blocks {
     }
     if (!held || fill) {
       const int64_t k = kPerWord<T> * plan_.words(kPerWord<T>);
+      const int64_t terms = sizeof(T) == 4 ? round_up(ceil_div(k, ceil_div(k, kTerms)), kLanes) : k;
       for (int64_t q = 0; q < count; ++q) {
-        gemm_({row.rows, kPanel, k, row.lda, kPanel, kPanel, false}, row.a,
-              reinterpret_cast<const T*>(text_panel(p + q)), s + q * stride);
+        const T* b = reinterpret_cast<const T*>(text_panel(p + q));
+        for (int64_t first = 0; first < k; first += terms) {
+          gemm_({row.rows, kPanel, min(terms, k - first), row.lda, kPanel, kPanel, first > 0},
+                row.a + first, b + first * kPanel, s + q * stride);
+        }
       }
     }
     return {s, stride, row.row, row.rows, j0 + p * kPanel, count};

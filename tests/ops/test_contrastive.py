@@ -185,6 +185,15 @@ def test_accuracy(case: Case) -> None:
     spec.check(case, function(case.op, "cpu"))
 
 
+@backends
+@ops
+@pytest.mark.parametrize("d", [1024, 2048])
+def test_long_sums_of_one_sign(d: int, op: str, backend: str) -> None:
+    """Similar features: an error of each sum that grows with its terms reaches the gradients."""
+    for data in ("opposed_row", "opposed_column"):
+        spec.check(Case(40, 40, d, variant=Variant(op), data=data), function(op, backend))
+
+
 # The full grid is for the kernels; the others meet each length, each D and each keyword once.
 @pytest.mark.parametrize(
     ("backend", "workspace_mb"), [("reference", None), pytest.param("cpu", 1, marks=needs_cpu)]

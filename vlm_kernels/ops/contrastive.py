@@ -82,7 +82,7 @@ def clip_loss(
         return_metrics: also return a dict of detached fp32 scalars: image_to_text_top1,
             text_to_image_top1, positive_logit, negative_logit, and for each direction's softmax
             _entropy (nats) and _perplexity.
-        backend: "auto", "cuda", "triton", "cpu" or "reference"; see `vlm_kernels.explain`.
+        backend: "auto", "cuda", "cpu", "triton" or "reference"; see `vlm_kernels.explain`.
 
     Returns:
         The loss, fp32 of shape (); for "none" a tuple (row (N,), column (M,)), 0 where there is
@@ -728,8 +728,8 @@ def _why_not_triton(
 
 for _op in ("clip_loss", "siglip_loss"):
     _backends.register(_op, "cuda", _why_not_cuda)
-    _backends.register(_op, "triton", _why_not_triton)
     _backends.register(_op, "cpu", _why_not_cpu)
+    _backends.register(_op, "triton", _why_not_triton)
     _backends.register(_op, "reference", lambda *_, **__: None)
 
 
