@@ -481,14 +481,89 @@ def test_backward_twice_without_retain_graph(op: str, backend: str) -> None:
         loss.backward()
 
 
-@ops
+LOSSES = [Variant("clip_loss"), Variant("clip_loss", directions="image_to_text")]
+LOSSES += [Variant("siglip_loss")]
+losses = pytest.mark.parametrize("variant", LOSSES, ids=str)
+
+
+def loss_of(variant: Variant, backend: str) -> Callable[..., Any]:
+    """Without room for the similarity, so that one direction forms its gradients in the forward."""
+    keywords = {"directions": variant.directions} if variant.op == "clip_loss" else {}
+    return function(variant.op, backend, workspace_mb=1, **keywords)
+
+
+@losses
 @needs_cpu
-def test_second_derivatives_are_an_error(op: str) -> None:
-    x, y, scale, _ = spec.make_inputs(9, 9, 8)
-    loss = function(op, "cpu")(x.requires_grad_(), y, scale)
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        grad.sum().backward()
+def test_second_derivatives_are_an_error(variant: Variant) -> None:
+    fn = loss_of(variant, "cpu")
+    x, y, scale, _ = spec.make_inputs(300, 300, 8)
+    for power in (1, 2):
+        loss = fn(x.requires_grad_(), y, scale) ** power
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{variant.op} .*once_differentiable"):
+            grad.sum().backward()
+
+
+@losses
+@backends
+def test_a_bias_that_learns_beside_a_scale_that_is_a_number(variant: Variant, backend: str) -> None:
+    fn = loss_of(variant, backend)
+    inputs = spec.make_inputs(300, 280, 8, bias=-2.0)
+    wanted = spec.evaluate(fn, inputs, {})
+    x, _, scale, bias = inputs.map(lambda t: t.clone().requires_grad_())
+    loss = fn(x, inputs.text_features, scale.item(), bias)
+    grads = torch.autograd.grad(loss, (bias, x))
+    for name, grad in zip(("logit_bias", "image_features"), grads, strict=True):
+        torch.testing.assert_close(grad, wanted[f"{name}.grad"])
+
+
+@losses
+@needs_cpu
+def test_one_gradient_of_several(variant: Variant) -> None:
+    """autograd.grad asks for some of what the forward prepared."""
+    fn = loss_of(variant, "cpu")
+    inputs = spec.make_inputs(300, 280, 8, bias=-2.0)
+    wanted = spec.evaluate(fn, inputs, {})
+    for name in LEAVES:
+        leaves = inputs.map(lambda t: t.clone().requires_grad_())
+        [grad] = torch.autograd.grad(fn(*leaves), [getattr(leaves, name)])
+        torch.testing.assert_close(grad, wanted[f"{name}.grad"])  # other blocks fit
+
+
+@losses
+@needs_cpu
+def test_saved_tensor_hooks(variant: Variant) -> None:
+    fn = loss_of(variant, "cpu")
+    inputs = spec.make_inputs(300, 280, 8, bias=-2.0)
+    wanted = spec.evaluate(fn, inputs, {})
+    leaves = inputs.map(lambda t: t.clone().requires_grad_())
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (packed.append(t), t.clone())[1], torch.clone
+    ):
+        loss = fn(*leaves)
+    before = [t.clone() for t in packed]
+    loss.backward()
+    assert packed
+    assert all(torch.equal(a, b) for a, b in zip(packed, before, strict=True))
+    for name, leaf in zip(LEAVES, leaves, strict=True):
+        assert torch.equal(leaf.grad, wanted[f"{name}.grad"])
+
+
+@losses
+@needs_cpu
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients(variant: Variant) -> None:
+    """is_grads_batched runs the backward once under vmap: nothing may be overwritten."""
+    fn = loss_of(variant, "cpu")
+    x, y, scale, _ = spec.make_inputs(300, 280, 8)
+    loss = fn(x.requires_grad_(), y, scale)
+    factors = torch.tensor([1.0, -2.0, 0.5])
+    [grads] = torch.autograd.grad(loss, x, factors, is_grads_batched=True)
+    loss = fn(x, y, scale)
+    for factor, grad in zip(factors, grads, strict=True):
+        [wanted] = torch.autograd.grad(loss, x, factor, retain_graph=True)
+        torch.testing.assert_close(grad, wanted)
 
 
 @backends
