@@ -568,8 +568,7 @@ struct SigmoidEpilogue {
 
   template <class T, bool kGrad>
   void run(const Tile& t, const GradTile<T>& out) const {
-    // At most 16 factors of 1 to 2 in a product.
-    static_assert(kTileCols / kLanes <= 100);
+    static_assert(kTileCols / kLanes <= 100);  // a product of as many factors, each at most 2
     const bool plain = !masks.touches(t) && !col_weight;
     plain ? tile<T, true, kGrad>(t, out) : tile<T, false, kGrad>(t, out);
   }

@@ -486,7 +486,7 @@ def _kept_panels(image: Tensor, text: Tensor, workspace_mb: int) -> Any:
         return 0  # an error that the op itself names, or kernels that recompute
     reserve = 12288 * image.shape[1] + (4 << 20)  # bytes of a block's operands
     free = max(0, (workspace_mb << 20) - reserve)
-    fit = free // (image.shape[0] * 256 + 1) // 4 * 4  # whole tiles of 4 panels, or everything
+    fit = free // (image.shape[0] * 256 + 1) // 4 * 4  # whole tiles of panels, or everything
     panels = (text.shape[0] + 63) // 64
     return min(fit, panels) if isinstance(panels, int) else torch.sym_min(fit, panels)
 
