@@ -132,7 +132,7 @@ def clip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    if labels is not None and not labels.is_cpu:
+    if isinstance(labels, Tensor) and not labels.is_cpu:
         _check_labels("clip_loss", labels, text_features)
     scale, scale_value = _scalar("clip_loss", "logit_scale", logit_scale, image_features)
     row_weight, column_weight = _weights("clip_loss", weights)
@@ -267,7 +267,7 @@ def siglip_loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    if labels is not None and not labels.is_cpu:
+    if isinstance(labels, Tensor) and not labels.is_cpu:
         _check_labels("siglip_loss", labels, text_features)
     scale, scale_value = _scalar("siglip_loss", "logit_scale", logit_scale, image_features)
     bias, bias_value = (
