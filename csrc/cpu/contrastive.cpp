@@ -426,22 +426,19 @@ struct ClipEpilogue {
     constexpr float kRange = 60.f;
     const vf c = broadcast(log2_scale);
     const int64_t cols = t.panels * kPanel;
-    vf low = broadcast(-kLowest), high = broadcast(kLowest);
+    vf least = broadcast(kLowest), most = broadcast(kLowest);  // of -max and of max, never NaN
     const auto widen = [&](const float* maxima, int64_t count) {
       for (int64_t v = 0; v < count; v += kLanes) {
         vf x = broadcast(maxima[v]);
         std::memcpy(&x, maxima + v, min(kLanes, count - v) * sizeof(float));
-        low = x < low ? x : low;
-        high = x < high ? high : x;  // takes a NaN
+        least = max(least, -x);
+        most = max(most, x);
       }
     };
     widen(row.max + t.row, t.rows);
     widen(col.max + t.col, cols);
-    const float from = -hmax(-low), to = hmax(high);
-    vi in_range = (high - broadcast(from)) * c <= kRange;
-    for (int i = 0; i < kLanes; ++i) {
-      if (!in_range[i]) return false;
-    }
+    const float from = -hmax(least), to = hmax(most);
+    if (!((to - from) * log2_scale <= kRange)) return false;
     const vf middle = broadcast(0.5f * (from + to)), half = 0.5f * c;
     alignas(64) float row_factor[kRows], half_max[kTileCols], factor[kTileCols], ratio[kTileCols];
     for (int64_t v = 0; v < t.rows; v += kLanes) {
