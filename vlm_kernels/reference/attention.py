@@ -65,7 +65,7 @@ def attention(
     with _no_autocast(query):
         s = _scores(query, key, scale, softcap, rope, q_norm, k_norm)
         out, lse = _softmax_times_value(_masked(s, attn_mask, visible), value)
-    if query.transpose(1, 2).is_contiguous():
+    if query.stride(1) < query.stride(2):  # (B, N, H, D) data
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return (out, lse) if return_lse else out
 

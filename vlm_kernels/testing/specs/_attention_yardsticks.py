@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...reference.attention import _masked, _rows, _visible
-from ..tolerances import SEEDS
+from ...reference.attention import _masked, _rows, _softmax_times_value, _visible
+from ..tolerances import SEEDS, TABLE
 from .contrastive import product_in_order
 
 
@@ -63,13 +63,17 @@ class _Flash(torch.autograd.Function):
 class _Terms(torch.autograd.Function):
     """softmax(s) v, but for the gradient P (dP - sum P dP + dlse) of the scores, which is 0 where a
     query sees one key, and whose sums over keys are 0: in its place comes one of random signs and
-    the size of its terms. What that becomes on its way back has the size of the terms there."""
+    the size of its terms. What that becomes on its way back has the size of the terms there.
+
+    P is exp(s - lse), and lse of fp32, which the backward gets, is off by up to half an ulp: where
+    it is large, so is that, and gradients of huge logits are no more exact."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         p, lse = _softmax(s)
         out = p @ v
-        ctx.save_for_backward(p, v, out)
+        ulps = lse.abs()[..., None] / 2 / TABLE["bwd"].ulps
+        ctx.save_for_backward(torch.where(p == 0, 0, p * ulps.clamp(min=1)), v, out)
         return out, lse
 
     @staticmethod
@@ -151,6 +155,12 @@ def flash(seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
         return formula(query, *args, **keywords)
 
     return attend
+
+
+def low_logits(query: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """The formula with logits in the dtype of the inputs."""
+    formula = composed(lambda q, k: (q @ k.mT).to(query.dtype).float(), _softmax_times_value)
+    return formula(query, *args, **keywords)
 
 
 def terms() -> Callable[..., tuple[Tensor, Tensor]]:
