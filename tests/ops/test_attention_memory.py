@@ -62,11 +62,13 @@ def assert_peak(limit: int, **fields: Any) -> None:
 @needs_proc
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory(dtype: str) -> None:
-    """Scores alone have 2 GiB. Gradients, out and its gradient are five tensors like an input; the
-    keys and values come packed once more, and what fp32 sums need is within the rest."""
-    n, width = 16384, 2 * 64
-    tensor = n * width * getattr(torch, dtype).itemsize
-    limit = 7 * tensor + 3 * n * width * 4 + 8 * MB
+    """Scores alone have 2 GiB. Gradients, out and its gradient are five tensors like an input; each
+    thread has a head's inputs and gradients packed; where heads are as few, up to 16 parts of the
+    keys have a gradient of a head's queries each."""
+    n, d, heads, threads = 16384, 64, 2, 2
+    head = n * d * 4
+    tensors = 5 * heads * n * d * getattr(torch, dtype).itemsize
+    limit = tensors + (16 + 7 * threads) * head + 8 * MB
     assert_peak(limit, n=n, dtype=dtype, grad=True, keywords=", is_causal=True")
 
 

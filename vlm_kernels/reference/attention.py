@@ -99,7 +99,8 @@ def attention_varlen(
     Returns:
         (Tq, H, Dv); with `return_lse` a tuple with (H, Tq). Rows of no segment have 0 and -inf.
     """
-    queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    # An empty one first: results have a graph also where there is no segment at all.
+    queries, keys = [0, *cu_seqlens_q.tolist()], [0, *cu_seqlens_k.tolist()]
     outs, lses = [], []
     for i in range(len(queries) - 1):
         q = query[queries[i] : queries[i + 1]].transpose(0, 1)[None]

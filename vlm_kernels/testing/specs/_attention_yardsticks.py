@@ -208,9 +208,9 @@ def per_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         out = [query.new_zeros(0, query.shape[1], value.shape[2])]
         lse = [query.new_zeros(query.shape[1], 0, dtype=torch.float32)]
-        bounds = zip(*(c.tolist() for c in (cu_seqlens_q, cu_seqlens_k)), strict=True)
-        begin_q, begin_k = next(bounds)
-        for end_q, end_k in bounds:
+        begin_q = begin_k = 0
+        # Before the first bounds there is an empty segment, which gives no segment at all a graph.
+        for end_q, end_k in zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True):
             q = query[begin_q:end_q].transpose(0, 1)[None]
             k, v = (t[begin_k:end_k].transpose(0, 1)[None] for t in (key, value))
             if rope is not None:
