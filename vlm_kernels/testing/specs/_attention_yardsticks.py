@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...reference.attention import _masked, _rows, _softmax_times_value, _visible
+from ...reference.attention import _masked, _rows, _visible
 from ..tolerances import SEEDS, TABLE
 from .contrastive import product_in_order
 
@@ -137,7 +137,8 @@ def composed(
         out, lse = softmax_times_value(_masked(s, attn_mask, visible), v)
         if size_of_logits and nk:
             sizes = abs(scale) * q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True)
-            lse = torch.where(lse == -torch.inf, lse, sizes.detach() + 0 * lse)
+            # And 1: an ulp of the sum, or of an exponential, is one of 1 in its logarithm.
+            lse = torch.where(lse == -torch.inf, lse, 1 + sizes.detach() + 0 * lse)
         return out, lse
 
     return attend
@@ -157,10 +158,20 @@ def flash(seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
     return attend
 
 
-def low_logits(query: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-    """The formula with logits in the dtype of the inputs."""
-    formula = composed(lambda q, k: (q @ k.mT).to(query.dtype).float(), _softmax_times_value)
-    return formula(query, *args, **keywords)
+def low(seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The formula with logits and probabilities in the dtype of the inputs."""
+    largest = 2.0 ** -((seed + 0.5) / SEEDS)
+
+    def attend(query: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        def softmax_times_value(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            p, lse = _softmax(s)
+            p = _rounded(p, query.dtype, largest)
+            return (p @ v).to(query.dtype), lse + p.sum(-1).clamp(min=0.5).log()
+
+        formula = composed(lambda q, k: (q @ k.mT).to(query.dtype).float(), softmax_times_value)
+        return formula(query, *args, **keywords)
+
+    return attend
 
 
 def terms() -> Callable[..., tuple[Tensor, Tensor]]:

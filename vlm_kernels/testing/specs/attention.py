@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import reference
 from ..tolerances import SEEDS, assert_close, relative_error
-from ._attention_yardsticks import flash, intervals, low_logits, per_segment, terms
+from ._attention_yardsticks import flash, intervals, low, per_segment, terms
 
 OPS = ("attention", "attention_varlen")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -627,11 +627,11 @@ def _eager_errors(case: AnyCase, seed: int, way: str) -> dict[str, float]:
 
     As "reference"; with the products of hardware, "flash", whose sums do not depend on shape and
     CPU as those of eager do (see `contrastive._eager_losses`), and whose probabilities have 16 bits
-    where the inputs have; or with "low" logits: of 16 bits, as torch.matmul rounds them.
+    where the inputs have; or "low", with logits of 16 bits as well, as torch.matmul rounds them.
     """
     fn = getattr(reference, case.op)
     if way != "reference":
-        fn = flash(seed) if way == "flash" else low_logits
+        fn = (flash if way == "flash" else low)(seed)
         fn = fn if case.op == "attention" else per_segment(fn)
     exact, sizes = truth(case, seed)
     with _one_thread():
