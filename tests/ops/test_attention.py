@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -612,11 +613,9 @@ def test_bitwise_repeat_on_any_number_of_threads(case: Case) -> None:
 
 
 @needs_cpu
-@telling
+@pytest.mark.parametrize("case", [case for case in TELLING if case.b > 1], ids=str)
 def test_a_batch_entry_does_not_know_the_others(case: Case) -> None:
-    """Bitwise, as long as the work is split by heads: it may be by keys where heads are few."""
-    if case.b == 1 or case.variant.mask_shape[:1] == "b":
-        pytest.skip("one entry only")
+    """But for the last bits: where entries are few, the work is split in another way."""
     inputs, keywords = case.inputs(), case.keywords()
     fn = partial(spec.call, CPU)
     whole = fn(inputs, keywords)
@@ -650,3 +649,76 @@ def test_calls_from_several_threads(case: Case) -> None:
         got = list(pool.map(run, inputs * 3))
     for i, results in enumerate(got):
         same(results, wanted[i % 3])
+
+
+# --- wrong input ---
+
+Q = torch.randn(2, 4, 6, 8)
+RANGE = torch.zeros(1, 1, 6, 2, dtype=torch.int32)
+TABLE = torch.ones(6, 4)
+WEIGHT = torch.ones(8)
+WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"query": [1.0]}, ("query", "list")),
+    ({"query": Q[0]}, ("query", r"\(B, H, Nq?, D\)")),
+    ({"key": Q[0]}, ("key", r"\(B, H(kv)?, Nk?, D\)")),
+    ({"query": Q.bfloat16()}, ("(?i)bfloat16", "Float|float32")),
+    ({"value": Q.half()}, ("Half|float16", "Float|float32")),
+    ({"query": Q.int(), "key": Q.int(), "value": Q.int()}, ("Int|int32",)),
+    ({"key": Q[..., :4]}, ("8", "4")),
+    ({"value": Q[:, :, :5]}, ("value", "5")),
+    ({"query": Q[:1]}, ("1", "2")),
+    ({"key": Q[:, :2], "value": Q[:, :2]}, ("enable_gqa",)),
+    ({"key": Q[:, :3], "value": Q[:, :3], "enable_gqa": True}, ("heads", "4", "3")),
+    ({"dropout_p": 0.1}, ("dropout_p", "0.1", "no dropout")),
+    ({"attn_mask": torch.ones(6, 7)}, ("attn_mask", "7")),
+    ({"attn_mask": torch.ones(6, 6, dtype=torch.int64)}, ("attn_mask", "Long|int64")),
+    ({"attn_mask": torch.ones(6, 6, dtype=torch.float16)}, ("attn_mask", "Half|float16")),
+    ({"attn_mask": torch.ones(3, 2, 4, 6, 6)}, ("attn_mask",)),
+    ({"kv_range": RANGE.long()}, ("kv_range", "Long|int64", "int32|Int")),
+    ({"kv_range": RANGE[0]}, ("kv_range",)),
+    ({"kv_range": RANGE[..., :1]}, ("kv_range",)),
+    ({"kv_range": RANGE.expand(3, 1, 6, 2)}, ("kv_range", "3")),
+    ({"kv_range": RANGE[:, :, :5]}, ("kv_range", "5")),
+    ({"window": 3}, ("window", "3", "left, right")),
+    ({"window": (1, -3)}, ("window", "-3")),
+    ({"softcap": -1.0}, ("softcap", "-1")),
+    ({"softcap": math.nan}, ("softcap", "nan")),
+    ({"scale": math.inf}, ("scale", "inf")),
+    ({"scale": "1"}, ("scale", "str")),
+    ({"rope": TABLE}, ("rope", "Tensor", "cos, sin")),
+    ({"rope": (TABLE, TABLE, "neox")}, ("neox", "half", "interleaved")),
+    ({"rope": (TABLE.double(), TABLE)}, ("rope", "Double|float64", "fp32|float32|Float")),
+    ({"rope": (TABLE, TABLE[:, :2])}, ("rope", "2")),
+    ({"rope": (TABLE[:5], TABLE[:5])}, ("rope", "5")),
+    ({"rope": (TABLE.repeat(1, 2), TABLE.repeat(1, 2))}, ("rope", "8")),
+    ({"query": Q.repeat(1, 1, 2, 1), "rope": (TABLE, TABLE)}, ("rope", "12", "6")),
+    ({"q_norm": (WEIGHT, None, 1e-6)}, ("q_norm", "eps")),
+    ({"q_norm": (WEIGHT, None, 1e-6, "batch")}, ("q_norm", "batch", "rms", "layer")),
+    ({"q_norm": (None, None, 1e-6, "rms")}, ("q_norm", "weight")),
+    ({"k_norm": (WEIGHT[:4], None, 1e-6, "rms")}, ("k_norm", "4", "8")),
+    ({"k_norm": (WEIGHT, WEIGHT.expand(4, 8), 1e-6, "rms")}, ("k_norm", "bias")),
+    ({"k_norm": (WEIGHT, None, -1.0, "rms")}, ("k_norm", "eps", "-1")),
+    ({"backend": "tpu"}, ("backend", "tpu", "reference")),
+]
+
+
+@backends
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda w: "-".join((*w[0], *w[1])))
+def test_wrong_input(wrong: tuple[dict[str, Any], tuple[str, ...]], backend: str) -> None:
+    given, words = wrong
+    arguments = {"query": Q, "key": Q, "value": Q, "backend": backend}
+    # RuntimeError: a backend that was asked for and says why it cannot.
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+        vlm_kernels.attention(**{**arguments, **given})
+    message = str(caught.value)
+    for word in ("attention", *words):
+        assert re.search(word, message), f"no {word!r} in: {message}"
+
+
+@needs_cpu
+def test_heads_of_more_features_run_on_the_reference() -> None:
+    q = torch.randn(1, 1, 3, 257)
+    with pytest.raises(ValueError, match=r"257.*256"):
+        CPU(q, q, q)
+    out = vlm_kernels.attention(q, q, q, backend="reference")
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q))

@@ -24,7 +24,7 @@ from vlm_kernels.testing.specs.attention import Case, Variant, VarlenCase
 needs_cpu = pytest.mark.skipif(
     importlib.util.find_spec("vlm_kernels._C") is None, reason="vlm_kernels._C is not built"
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 bounded = settings(
     max_examples=EXAMPLES,
     derandomize=True,
