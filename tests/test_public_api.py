@@ -23,6 +23,7 @@ PUBLIC = [
     "empty_cache",
     "explain",
     "nn",
+    "register_attention",
     "siglip_loss",
 ]
 REQUIRED = inspect.Parameter.empty

@@ -12,6 +12,7 @@ from typing import Any
 from . import _backends, _load, nn
 from ._version import __version__
 from .collect_env import collect_env
+from .integrations.transformers import register_attention
 from .ops.attention import attention, attention_varlen
 from .ops.contrastive import clip_loss, siglip_loss
 
@@ -24,6 +25,7 @@ __all__ = [
     "empty_cache",
     "explain",
     "nn",
+    "register_attention",
     "siglip_loss",
 ]
 
