@@ -18,7 +18,7 @@ from vlm_kernels.integrations.transformers import attention_forward, attention_m
 from vlm_kernels.testing.tolerances import assert_close
 
 transformers = pytest.importorskip(
-    "transformers", minversion="5.0", reason="needs transformers >= 5.0"
+    "transformers", minversion="5.23", reason="needs transformers >= 5.23, whose masks it lists"
 )
 from transformers import masking_utils as masks  # noqa: E402
 
@@ -430,5 +430,5 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="output_attentions=True: vlm_kernels never forms"):
         assert attention_forward(module, x, x, x, None, output_attentions=True)[1] is None
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers >= 4\.56: pip install"):
+    with pytest.raises(ImportError, match=r"needs transformers >= 4\.57: pip install"):
         vlm_kernels.register_attention()

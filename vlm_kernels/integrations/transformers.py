@@ -1,7 +1,7 @@
 """Hugging Face transformers: `attn_implementation="vlm_kernels"`.
 
 Two of transformers' own registries are written to, AttentionInterface and AttentionMaskInterface
-(transformers >= 4.56); nothing is patched.
+(transformers >= 4.57); nothing is patched.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def register_attention(
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError(
-            "register_attention needs transformers >= 4.56: pip install -U transformers"
+            "register_attention needs transformers >= 4.57: pip install -U transformers"
         ) from error
     AttentionInterface.register(name, partial(attention_forward, backend=backend))
     AttentionMaskInterface.register(name, partial(attention_mask, contiguous=contiguous))
