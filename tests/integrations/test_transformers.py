@@ -354,7 +354,29 @@ def test_packed_text(kinds: set[str]) -> None:
         assert_close("packed", ours, separate[torch.float32], separate[torch.float64])
 
 
-def test_attention_sinks() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_window(causal: bool) -> None:
+    """A sliding window beside cu_seq_lens, with flash-attention's meaning in transformers."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    ends, segment = torch.tensor([0, 4, 11, 12]), torch.tensor([0] * 4 + [1] * 7 + [2])
+    place = torch.arange(12)
+    near = (place[:, None] - place).abs() < 3
+    near &= segment[:, None] == segment
+    if causal:
+        near &= place[:, None] >= place
+    q, k, v = (torch.randn(1, 2, 12, 8) for _ in range(3))
+    module = torch.nn.Module()
+    exact, peer = (
+        sdpa_attention_forward(module, *(x.to(dtype) for x in (q, k, v)), near)[0]
+        for dtype in (torch.float64, torch.float32)
+    )
+    packed = {"cu_seq_lens_q": ends.int(), "sliding_window": 3, "is_causal": causal}
+    assert_close("packed", attention_forward(module, q, k, v, None, **packed)[0], peer, exact)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_sinks(packed: bool) -> None:
     """gpt-oss: a logit more in each row."""
     from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
@@ -376,7 +398,8 @@ def test_attention_sinks() -> None:
 
     exact = run(eager_attention_forward, torch.float64)
     eager = run(eager_attention_forward, torch.float32)
-    for i, ours in enumerate(run(attention_forward, torch.float32)):
+    ends = {"cu_seq_lens_q": torch.tensor([0, 9, 18]).int()} if packed else {}
+    for i, ours in enumerate(run(attention_forward, torch.float32, **ends)):
         assert_close(f"result {i}", ours, eager[i], exact[i], "bwd" if i else "fwd")
 
 

@@ -123,8 +123,11 @@ def attention_forward(
         window = None
         if sliding_window is not None:
             window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
+        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         packed = attention_varlen(
-            *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+            query,
+            key,
+            value,
             cu_seq_lens_q,
             cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k,
             is_causal=is_causal,
@@ -201,7 +204,7 @@ def attention_mask(
     else:
         arguments.update(q_length=q_length, q_offset=q_offset)
         length = q_length or 0
-    if length == 1 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if length == 1 or torch.compiler.is_compiling():
         return masking_utils.sdpa_mask(**arguments)
 
     padding = None if attention_mask is None else attention_mask.bool()
