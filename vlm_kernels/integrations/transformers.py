@@ -120,9 +120,7 @@ def attention_forward(
     }
     if cu_seq_lens_q is not None and attention_mask is None and position_bias is None:
         batch, _, length, _ = query.shape
-        window = None
-        if sliding_window is not None:
-            window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
+        window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         packed = attention_varlen(
             query,
