@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
@@ -22,7 +23,7 @@ import vlm_kernels
 from vlm_kernels import _load
 from vlm_kernels.testing import timing
 
-from . import measure, peers, record, report
+from . import peers, record, report
 from .record import ROOT, Row
 
 _IMPORT = """
@@ -31,7 +32,6 @@ start = time.perf_counter()
 import vlm_kernels
 print(time.perf_counter() - start)
 """
-_TINY = {"n": 4, "m": 4, "d": 16}
 _CALLS, _ROUNDS = 2000, 15
 
 
@@ -113,13 +113,16 @@ def overhead(op: str) -> list[Row]:
 
 
 def _overhead(op: str) -> list[Row]:
-    case = measure.Case(op, "full", "fp32", **_TINY)
-    loss = getattr(vlm_kernels, op)
-    inputs = [t for t in case.inputs() if t is not None]
+    module = peers.module(op)
+    function = getattr(vlm_kernels, op)
+    case = module.Case(op, "full", "fp32", **module.COST)
+    inputs = case.tensors(case.inputs())
     leaves = [t.clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    grad = torch.ones_like(out)
     calls: dict[str, Callable[[], object]] = {
-        "call, no gradients": lambda: loss(*inputs),
-        "call, gradients": lambda: loss(*leaves),
+        "call, no gradients": lambda: function(*inputs),
+        "call, gradients": lambda: function(*leaves),
     }
     rows = []
     for name, fn in calls.items():
@@ -131,7 +134,7 @@ def _overhead(op: str) -> list[Row]:
         micros = _micros({"ours": fn, "bare": bare})
         note = f"{micros['ours']:.1f} us, of which the bare kernel {micros['bare']:.1f}"
         rows.append(_row(name, micros["ours"] - micros["bare"], "us", note, op=op, threads=1))
-    both = _micros({"both": lambda: torch.autograd.grad(loss(*leaves), leaves)})["both"]
+    both = _micros({"both": lambda: torch.autograd.grad(function(*leaves), leaves, grad)})["both"]
     note = "in all: kernels, autograd's engine and what is around them"
     return [*rows, _row("call and backward", both, "us", note, op=op, threads=1)]
 
@@ -169,7 +172,7 @@ def measure_all(build: bool = False) -> list[Row]:
     """A row for each cost."""
     load = record.OtherLoad()
     rows = [_row("import", import_seconds(), "s", "above torch's own")]
-    for op in peers.OPS:
+    for op in filter(functools.partial(hasattr, vlm_kernels), peers.OPS):
         rows += overhead(op)
     rows += build_wheel() if build else []
     share = load.share()

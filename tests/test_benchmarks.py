@@ -43,18 +43,19 @@ def passing(suite: ModuleType, row) -> list[dict[str, Any]]:
     rows = [
         row(
             op=t.op,
-            mode="full",
+            group=t.group,
+            mode=t.mode,
             dtype=t.dtype,
-            n=n,
-            m=n,
-            d=d,
+            shape=shape,
             workspace_mb=t.workspace_mb,
             speedup=t.geomean * 1.01,
+            ratios={"sdpa": 3.01},
             other_load=0.1,
             roofline_pct=50.0,
         )
         for t in targets.SPEED
-        for n, d in t.shapes
+        if t.against is None
+        for shape in t.shapes
     ]
     n, d = targets.MEMORY_SHAPE
     rows += [
@@ -84,9 +85,16 @@ def test_check_holds_where_every_target_does(suite: ModuleType, passing, capsys)
 @pytest.mark.parametrize(
     ("where", "changed", "reason"),
     [
-        ({"op": "clip_loss", "dtype": "fp32", "n": 4096}, {"speedup": 1.24}, "worst 1.24x"),
+        (
+            {"op": "clip_loss", "dtype": "fp32", "shape": "4096x512"},
+            {"speedup": 1.24},
+            "worst 1.24x",
+        ),
         ({"workspace_mb": 16}, {"speedup": 1.04}, "1.04x"),
         ({"op": "siglip_loss"}, {"counts": False, "backend": "reference"}, "backend reference"),
+        ({"op": "attention", "mode": "fwd"}, {"speedup": 1.34}, "attention dense fwd fp32"),
+        ({"group": "dense", "dtype": "bf16"}, {"ratios": {"sdpa": 2.9}}, "against sdpa"),
+        ({"group": "packed"}, {"counts": False, "backend": "reference"}, "attention packed"),
         ({"op": "siglip_loss"}, {"status": "error", "reason": "Boom: no"}, "Boom: no"),
         ({"kind": "time"}, {"speedup": None}, "no peer ran"),
         ({"kind": "memory", "dtype": "fp32"}, {"peak_mib": 40.1}, "40.1 MiB"),
@@ -135,7 +143,7 @@ def test_check_of_a_run_that_measured_nothing_fails(suite: ModuleType, row, caps
 
 
 def test_check_says_how_many_shapes_were_run(suite: ModuleType, passing) -> None:
-    kept = [r for r in passing if r["kind"] == "time" and r["n"] == 2048]
+    kept = [r for r in passing if r["kind"] == "time" and r["shape"].startswith("2048x")]
     held = [verdict for verdict in suite.targets.check(kept) if verdict.ok]
     held = [verdict for verdict in held if "full" in verdict.what]
     assert len(held) == 4
@@ -195,7 +203,7 @@ def test_what_fails_or_does_not_fit_is_a_row_with_a_reason(suite: ModuleType, mo
     def broken(*_: object) -> None:
         raise RuntimeError("the peer\nhas two lines")
 
-    case = suite.measure.Case("clip_loss", "full", "fp32", 16, 16, 8)
+    case = suite.peers.contrastive.Case("clip_loss", "full", "fp32", 16, 16, 8)
     settings = suite.measure.Settings(repeats=1, min_time=0.0)
     rows = suite.measure.time_case(case, [provider(suite, "broken", broken)], settings)
     assert (rows[0].status, rows[0].reason, rows[0].ms) == ("error", "RuntimeError: the peer", None)
@@ -258,7 +266,7 @@ def test_the_roofline_keeps_the_better_of_two(suite: ModuleType) -> None:
 
 
 def test_memory_sees_the_matrices_that_a_peer_holds(suite: ModuleType) -> None:
-    case = suite.measure.Case("clip_loss", "full", "fp32", 2048, 2048, 16)
+    case = suite.peers.contrastive.Case("clip_loss", "full", "fp32", 2048, 2048, 16)
     settings = suite.measure.Settings()
     (peer,) = suite.peers.choose("clip_loss", "open_clip")
     row = suite.measure.memory_case(case, peer, settings)
