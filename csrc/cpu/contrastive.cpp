@@ -12,6 +12,7 @@
 #include "cpu/parallel.h"
 
 #ifdef VLM_ISA
+#include "cpu/matmul.h"
 #include "cpu/pack.h"
 
 namespace vlm::cpu::VLM_ISA {
@@ -27,52 +28,6 @@ constexpr int64_t kPad = 32;  // keeps leading dimensions off multiples of a pag
 constexpr int64_t kMaxBlock = 8192;
 
 static_assert(kPanel == kKeptPanelColumns);
-
-// Hands out 64-byte aligned pieces of the workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-};
-
-// C = A B [+ C] where torch's brgemm cannot run (oneDNN switched off or too old a CPU). B is a
-// 64-column panel, readable in full.
-void gemm_plain(const GemmShape& s, const float* a, const float* b, float* c) {
-  for (int64_t i = 0; i < s.m; ++i) {
-    for (int64_t v = 0; v < s.n; v += kLanes) {
-      vf sum = {};
-      for (int64_t k = 0; k < s.k; ++k) sum += a[i * s.lda + k] * load(b + k * s.ldb + v);
-      float* out = c + i * s.ldc + v;
-      const int64_t count = min(kLanes, s.n - v);
-      for (int64_t n = 0; n < count; ++n) out[n] = s.accumulate ? out[n] + sum[n] : sum[n];
-    }
-  }
-}
-
-struct Gemm {
-  bool native;
-
-  void operator()(const GemmShape& s, const float* a, const float* b, float* c) const {
-    native ? brgemm(s, a, b, c) : gemm_plain(s, a, b, c);
-  }
-  void operator()(const GemmShape& s, const bf16_t* a, const bf16_t* b, float* c) const {
-    brgemm(s, a, b, c);
-  }
-  // Gives a thread's matrix tiles (AMX) back once its unit is done.
-  void release() const {
-    if (native) brgemm_release();
-  }
-};
-
-bool runs_in_bf16(DType dtype) {
-  return dtype == DType::bf16 && has_bf16_dot() && brgemm_runs_bf16();
-}
 
 // A tile of S: rows [row, row + rows), columns [col, col + 64 * panels), in panels of 64 columns.
 struct Tile {

@@ -73,8 +73,8 @@ VLM_INLINE void load_transposed(vu (&v)[16], const MatrixRef& x, DType dtype, in
 // Rows [row, row + 64) of x (R, D) as one panel of the B operand x^T: dst [ceil(D / per word)][64]
 // words. `flip` negates.
 template <class T>
-static void pack_transposed_panel(const MatrixRef& x, DType dtype, int64_t row, bool flip,
-                                  uint32_t* dst) {
+[[maybe_unused]] static void pack_transposed_panel(const MatrixRef& x, DType dtype, int64_t row,
+                                                   bool flip, uint32_t* dst) {
   const uint32_t sign = flip ? (sizeof(T) == 4 ? 0x80000000u : 0x80008000u) : 0u;
   const int64_t words = ceil_div(x.cols, kPerWord<T>);
   for (int64_t w = 0; w < words; w += kLanes) {
@@ -89,8 +89,8 @@ static void pack_transposed_panel(const MatrixRef& x, DType dtype, int64_t row, 
 
 // Rows [row, row + rows) of x as the A operand x^T: dst (D, ld), columns [0, round_up(rows, 16)).
 template <class T>
-static void pack_transposed(const MatrixRef& x, DType dtype, int64_t row, int64_t rows, T* dst,
-                            int64_t ld) {
+[[maybe_unused]] static void pack_transposed(const MatrixRef& x, DType dtype, int64_t row,
+                                             int64_t rows, T* dst, int64_t ld) {
   const int64_t words = ceil_div(x.cols, kPerWord<T>);
   for (int64_t group = 0; group < rows; group += kLanes) {
     for (int64_t w = 0; w < words; w += kLanes) {
@@ -114,8 +114,8 @@ static void pack_transposed(const MatrixRef& x, DType dtype, int64_t row, int64_
 
 // Rows [row, row + 64) of x as k-rows [k, k + 64) of the B operand x: dst [D / 64][depth][64].
 template <class T>
-static void pack_panel_rows(const MatrixRef& x, DType dtype, int64_t row, int64_t k, int64_t depth,
-                            T* dst) {
+[[maybe_unused]] static void pack_panel_rows(const MatrixRef& x, DType dtype, int64_t row,
+                                             int64_t k, int64_t depth, T* dst) {
   const int64_t step = kPerWord<T>;
   uint32_t* words = reinterpret_cast<uint32_t*>(dst);
   for (int64_t r = 0; r < kPanel; r += step) {
@@ -138,8 +138,8 @@ static void pack_panel_rows(const MatrixRef& x, DType dtype, int64_t row, int64_
 
 // Rows [row, row + rows) of x in T, ld >= round_up(D, 16) elements, zero beyond column D.
 template <class T>
-static void pack_rows(const MatrixRef& x, DType dtype, int64_t row, int64_t rows, T* dst,
-                      int64_t ld) {
+[[maybe_unused]] static void pack_rows(const MatrixRef& x, DType dtype, int64_t row, int64_t rows,
+                                       T* dst, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
     const char* p = row_ptr(x, dtype, row + r);
     for (int64_t d = 0; d < x.cols; d += kLanes) {
@@ -166,8 +166,9 @@ VLM_INLINE void store_as(void* dst, DType dtype, int64_t offset, vf x, int64_t c
 }
 
 // One panel of y^T, src (D, 64), into rows [row, row + rows) of y (R, D).
-static void unpack_transposed_panel(const float* src, int64_t rows, const MutableMatrixRef& y,
-                                    DType dtype, int64_t row) {
+[[maybe_unused]] static void unpack_transposed_panel(const float* src, int64_t rows,
+                                                     const MutableMatrixRef& y, DType dtype,
+                                                     int64_t row) {
   for (int64_t d = 0; d < y.cols; d += kLanes) {
     for (int64_t group = 0; group < rows; group += kLanes) {
       vu v[16];

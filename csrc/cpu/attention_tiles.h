@@ -1,0 +1,258 @@
+// What the forward and the backward of attention share: operands of one head, tiles of queries, the
+// exponential. Per ISA.
+//
+// T is the type the products run in (pack.h). A word is one float or a pair of bf16.
+#pragma once
+
+#include "cpu/matmul.h"
+#include "cpu/pack.h"
+#include "vlm/attention.h"
+
+namespace vlm::cpu::VLM_ISA {
+
+constexpr float kLn2 = 6.93147180559945309417e-1f;
+constexpr float kNegativeInfinity = -__builtin_inff();
+
+// 2^x for x <= 0, exactly 0 for -inf; NaN stays NaN. The polynomial's relative error is 8e-5
+// (degree 3, below the rounding of bf16) or 8e-8 (degree 5).
+template <int kDegree>
+VLM_INLINE vf exp2_of(vf x) {
+#ifdef __AVX512F__
+  const vf y = at_least(x, -200.f);
+#else
+  const vf y = at_least(x, -126.f);
+#endif
+  const Rounded n = Rounded::of(y);
+  const vf f = y - n.value;
+  vf p;
+  if constexpr (kDegree == 3) {
+    p = f * 5.508868e-2f + 2.4260404e-1f;
+    p = p * f + 6.9327624e-1f;
+    p = p * f + 9.9992894e-1f;
+  } else {
+    p = f * 1.3267e-3f + 9.67546e-3f;
+    p = p * f + 5.550743e-2f;
+    p = p * f + 2.4022122e-1f;
+    p = p * f + 6.9314695e-1f;
+    p = p * f + 1.00000007f;
+  }
+  p = Rounded::scale(n, p);
+#ifndef __AVX512F__
+  p = x < -126.f ? vf{} : p;
+#endif
+  return p;
+}
+
+template <class T>
+constexpr int kExpDegree = sizeof(T) == 4 ? 5 : 3;
+
+// tanh(x), relative error 2e-7: a rational function of 2^y away from 0, a polynomial near it.
+VLM_INLINE vf tanh(vf x) {
+  const vf magnitude = x < 0.f ? -x : x;
+  const vf e = exp(magnitude * -2.f);
+  const vf far = (1.f - e) / (1.f + e);
+  const vf z = x * x;
+  vf p = z * 1.984081e-2f - 5.381646e-2f;
+  p = p * z + 1.3332966e-1f;
+  p = p * z - 3.3333332e-1f;
+  const vf near = magnitude + magnitude * z * p;
+  const vf r = magnitude < 0.35f ? near : far;
+  return x < 0.f ? -r : r;
+}
+
+// C (m, n) = A (m, k) B (k, n) [+ C]; B in words, `ldb` words a row of them. Columns beyond a
+// multiple of 64 are a product of their own: brgemm spreads them over all others otherwise.
+template <class T>
+[[maybe_unused]] static void multiply(const Gemm& gemm, int64_t m, int64_t n, int64_t k, const T* a,
+                                      int64_t lda, const uint32_t* b, int64_t ldb, float* c,
+                                      int64_t ldc, bool accumulate) {
+  const int64_t whole = n > 64 && n % 64 != 0 && n < 256 ? n & ~int64_t{63} : n;
+  gemm({m, whole, k, lda, ldb, ldc, accumulate}, a, reinterpret_cast<const T*>(b), c);
+  if (whole < n) {
+    gemm({m, n - whole, k, lda, ldb, ldc, accumulate}, a, reinterpret_cast<const T*>(b + whole),
+         c + whole);
+  }
+}
+
+// x (R, D) as the B operand x^T: dst (ceil(D / per word), ld) words, columns [R, round_up(R, 16))
+// zero. `flip` negates.
+template <class T>
+[[maybe_unused]] static void pack_as_columns(const MatrixRef& x, DType dtype, bool flip,
+                                             uint32_t* dst, int64_t ld) {
+  const uint32_t sign = flip ? (sizeof(T) == 4 ? 0x80000000u : 0x80008000u) : 0u;
+  const int64_t words = ceil_div(x.cols, kPerWord<T>);
+  for (int64_t row = 0; row < x.rows; row += kLanes) {
+    for (int64_t w = 0; w < words; w += kLanes) {
+      vu v[16];
+      load_transposed<T>(v, x, dtype, row, w);
+      const int64_t count = min(kLanes, words - w);
+      for (int64_t i = 0; i < count; ++i) store(dst + (w + i) * ld + row, v[i] ^ sign);
+    }
+  }
+}
+
+// x (R, D) as the B operand x: dst (ceil(depth / per word), ld) words, ld >= round_up(D, 16); rows
+// [R, depth) are zero.
+template <class T>
+[[maybe_unused]] static void pack_as_rows(const MatrixRef& x, DType dtype, int64_t depth,
+                                          uint32_t* dst, int64_t ld) {
+  for (int64_t r = 0; r < depth; r += kPerWord<T>) {
+    uint32_t* out = dst + r / kPerWord<T> * ld;
+    for (int64_t d = 0; d < x.cols; d += kLanes) {
+      vu words = {};
+      if constexpr (sizeof(T) == 4) {
+        if (r < x.rows) words = (vu)load_f32(row_ptr(x, dtype, r), dtype, d, x.cols);
+      } else {
+        if (r < x.rows) {
+          words = __builtin_convertvector(load_h(row_ptr(x, dtype, r), d, x.cols), vu);
+        }
+        if (r + 1 < x.rows) {
+          words |= __builtin_convertvector(load_h(row_ptr(x, dtype, r + 1), d, x.cols), vu) << 16;
+        }
+      }
+      store(out + d, words);
+    }
+  }
+}
+
+// The rows of one head of a segment.
+inline MatrixRef head_rows(const HeadsRef& x, DType dtype, const AttentionSegment& segment,
+                           int64_t head, int64_t begin, int64_t rows, int64_t dim) {
+  const int64_t offset =
+      segment.batch * x.batch_stride + head * x.head_stride + begin * x.row_stride;
+  return {static_cast<const char*>(x.data) + offset * element_size(dtype), rows, dim, x.row_stride};
+}
+
+inline MutableMatrixRef head_rows(const MutableHeadsRef& x, DType dtype,
+                                  const AttentionSegment& segment, int64_t head, int64_t begin,
+                                  int64_t rows, int64_t dim) {
+  const MatrixRef view = head_rows(HeadsRef{x.data, x.batch_stride, x.head_stride, x.row_stride},
+                                   dtype, segment, head, begin, rows, dim);
+  return {const_cast<void*>(view.data), rows, dim, view.stride};
+}
+
+// Half-open.
+struct Interval {
+  int64_t begin = 0, end = 0;
+
+  int64_t length() const { return end - begin; }
+  bool empty() const { return end <= begin; }
+  void add(Interval x) {
+    if (x.empty()) return;
+    if (empty()) {
+      *this = x;
+      return;
+    }
+    begin = min(begin, x.begin);
+    end = max(end, x.end);
+  }
+  Interval within(Interval x) const { return {max(begin, x.begin), min(end, x.end)}; }
+};
+
+// The queries of the heads that share a key head, as one list of rows: all of the first head's,
+// then all of the second's.
+struct QueryRows {
+  const AttentionInputs& in;
+  const AttentionSegment& segment;
+  int64_t kv_head;
+
+  int64_t group() const { return in.heads / in.kv_heads; }
+  int64_t count() const { return group() * segment.queries; }
+  int64_t head(int64_t row) const { return kv_head * group() + row / segment.queries; }
+  int64_t query(int64_t row) const { return row % segment.queries; }
+
+  // The segment's keys that a row may see.
+  Interval keys(int64_t row) const {
+    if (!segment.range) return {0, segment.keys};
+    const int32_t* range = segment.range + head(row) * in.range_head_stride + 2 * query(row);
+    return {range[0], range[1]};
+  }
+};
+
+// Consecutive rows and the keys that at least one of them sees.
+struct QueryTile {
+  int64_t begin = 0, end = 0;
+  Interval keys;
+  bool uniform = true;  // each row sees all of `keys`
+
+  int64_t rows() const { return end - begin; }
+};
+
+// The tile that begins at `begin`: at most `most` rows, cut where the keys of the next row would
+// leave too much of the tile masked (images packed side by side, windows).
+inline QueryTile next_tile(const QueryRows& rows, int64_t begin, int64_t end, int64_t most) {
+  QueryTile tile{begin, min(end, begin + most), {}, true};
+  if (!rows.segment.range) {
+    tile.keys = {0, rows.segment.keys};
+    return tile;
+  }
+  constexpr int64_t kFree = 2048;  // masked entries that cost less than another tile
+  int64_t seen = 0;
+  for (int64_t r = begin; r < tile.end; ++r) {
+    const Interval keys = rows.keys(r);
+    Interval all = tile.keys;
+    all.add(keys);
+    seen += keys.empty() ? 0 : keys.length();
+    const int64_t masked = (r - begin + 1) * all.length() - seen;
+    if (r > begin && masked > kFree && 3 * masked > seen) {
+      tile.end = r;
+      break;
+    }
+    if (r > begin && (keys.begin != tile.keys.begin || keys.end != tile.keys.end)) {
+      tile.uniform = false;
+    }
+    tile.keys = all;
+  }
+  return tile;
+}
+
+// Rows of a tile: heads are split evenly, or several short ones fill a tile.
+inline int64_t tile_rows(int64_t queries, int64_t group, int64_t most) {
+  if (queries == 0) return 1;
+  if (2 * queries <= most) return min(group, most / queries) * queries;
+  return ceil_div(queries, ceil_div(queries, most));
+}
+
+// Segments in order of falling cost, so that no thread is left with a long one at the end.
+inline void sort_segments(const AttentionInputs& in, int32_t* order) {
+  const auto cost = [&](int32_t i) {
+    return static_cast<double>(in.segments[i].queries) * static_cast<double>(in.segments[i].keys);
+  };
+  const int64_t n = in.segment_count;
+  for (int64_t i = 0; i < n; ++i) order[i] = static_cast<int32_t>(i);
+  for (int64_t gap = n / 2; gap > 0; gap /= 2) {
+    for (int64_t i = gap; i < n; ++i) {
+      const int32_t moved = order[i];
+      int64_t j = i;
+      for (; j >= gap && cost(order[j - gap]) < cost(moved); j -= gap) order[j] = order[j - gap];
+      order[j] = moved;
+    }
+  }
+}
+
+// One query's row of the mask.
+struct MaskRow {
+  AttentionMask::Kind kind;
+  DType dtype;
+  const char* entries;
+
+  MaskRow(const AttentionMask& mask, const AttentionSegment& segment, int64_t head, int64_t query)
+      : kind(mask.kind), dtype(mask.dtype) {
+    const int64_t offset =
+        segment.batch * mask.batch_stride + head * mask.head_stride + query * mask.row_stride;
+    entries = static_cast<const char*>(mask.data) +
+              offset * (kind == AttentionMask::boolean ? 1 : element_size(dtype));
+  }
+
+  // What the mask makes of 16 logits, of keys [key, key + 16); entries from `end` on are not read.
+  vf apply(vf x, int64_t key, int64_t end) const {
+    if (kind == AttentionMask::none) return x;
+    if (kind == AttentionMask::additive) return x + load_f32(entries, dtype, key, end);
+    typedef uint8_t bytes __attribute__((vector_size(16)));
+    bytes seen = {};
+    std::memcpy(&seen, entries + key, min(kLanes, end - key));
+    return __builtin_convertvector(seen, vu) != 0u ? x : broadcast(kNegativeInfinity);
+  }
+};
+
+}  // namespace vlm::cpu::VLM_ISA
