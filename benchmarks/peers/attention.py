@@ -20,6 +20,7 @@ from torch import Tensor
 
 import vlm_kernels
 from vlm_kernels import _backends, reference
+from vlm_kernels.testing.specs import attention as spec
 
 from .. import case, targets
 from ..case import OURS, Provider
@@ -208,18 +209,16 @@ class Case(case.Case):
         return provider.ours or self.pattern in provider.patterns
 
     def inputs(self, device: str = "cpu") -> Inputs:
-        generator = torch.Generator(device).manual_seed(0)
-        packed = bool(self.lengths)
-
-        def rows(count: int) -> Tensor:
-            shape = (count, self.h, self.d) if packed else (self.b, self.h, count, self.d)
-            x = torch.randn(shape, generator=generator, device=device)
-            return x.to(self.torch_dtype)
-
-        masked = bool(self.pattern) and not packed
-        allowed = _allowed(self.pattern, self.b, self.n, self.m).to(device) if masked else None
-        query, key, value, grad = (rows(size) for size in (self.n, self.m, self.m, self.n))
-        return Inputs(query, key, value, grad, self.pattern, self.lengths, allowed)
+        sizes = (self.b, self.h, self.n, self.m, self.d, self.torch_dtype)
+        layout = "bnhd" if self.lengths else "bhnd"
+        query, key, value, *_ = spec.make_inputs(*sizes, device=device, layout=layout)
+        generator = torch.Generator(device).manual_seed(1)
+        grad = torch.randn(query.shape, generator=generator, device=device).to(self.torch_dtype)
+        if self.lengths:
+            query, key, value, grad = (x[0].transpose(0, 1) for x in (query, key, value, grad))
+            return Inputs(query, key, value, grad.contiguous(), self.pattern, self.lengths, None)
+        seen = _allowed(self.pattern, self.b, self.n, self.m).to(device) if self.pattern else None
+        return Inputs(query, key, value, grad, self.pattern, (), seen)
 
     def tensors(self, inputs: Inputs) -> list[Tensor]:
         return [inputs.query, inputs.key, inputs.value]
