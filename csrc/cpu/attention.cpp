@@ -417,8 +417,7 @@ class Forward {
 
 }  // namespace
 
-int64_t attention_scratch_bytes(const AttentionInputs& in, const AttentionGrads* grads) {
-  if (grads) return 0;
+int64_t attention_scratch_bytes(const AttentionInputs& in) {
   return runs_in_bf16(in.dtype) ? carve<bf16_t>(in, make_plan<bf16_t>(in), nullptr, nullptr)
                                 : carve<float>(in, make_plan<float>(in), nullptr, nullptr);
 }
@@ -435,8 +434,7 @@ void attention_fwd(const AttentionInputs& in, const MutableHeadsRef& out, float*
 
 namespace vlm::cpu {
 
-VLM_DISPATCH(int64_t, attention_scratch_bytes,
-             (const AttentionInputs& in, const AttentionGrads* grads), (in, grads))
+VLM_DISPATCH(int64_t, attention_scratch_bytes, (const AttentionInputs& in), (in))
 VLM_DISPATCH(void, attention_fwd,
              (const AttentionInputs& in, const MutableHeadsRef& out, float* lse, void* scratch),
              (in, out, lse, scratch))

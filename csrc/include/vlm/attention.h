@@ -92,8 +92,9 @@ struct AttentionGrads {
 
 namespace cpu {
 
-// Bytes of scratch of a forward (grads == nullptr), or of a backward that forms `grads`.
-int64_t attention_scratch_bytes(const AttentionInputs& in, const AttentionGrads* grads);
+// Bytes of scratch of a forward, and of a backward that forms `grads`.
+int64_t attention_scratch_bytes(const AttentionInputs& in);
+int64_t attention_bwd_scratch_bytes(const AttentionInputs& in, const AttentionGrads& grads);
 
 // out (batch, heads, queries, value_dim) and lse (natural logarithm), which may be null. Rows that
 // belong to no segment are not written.

@@ -1,0 +1,626 @@
+// CPU kernel of the backward of attention, compiled once per ISA.
+//
+// A unit of work is a key head of a segment, or a part of its keys. Each block of about 128 keys
+// meets all queries in the transposed form, S^T = K Q^T and dP^T = V dO^T, since then dV = P^T dO
+// and dK = dS^T Q are complete after one product; only dQ^T, D x queries, is summed over the
+// blocks. Where units are few the keys are split and the parts' dQ added in order. How is decided
+// by the shapes alone, so that the result does not depend on the number of threads.
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "vlm/attention.h"
+
+#ifdef VLM_ISA
+#include "cpu/attention_tiles.h"
+
+namespace vlm::cpu::VLM_ISA {
+namespace {
+
+constexpr int64_t kKeys = 128;     // of a block at most
+constexpr int64_t kQueries = 768;  // of a tile at most; longer sequences take tiles of kLongTile
+constexpr int64_t kLongTile = 256;
+constexpr int64_t kSplitKeys = 256;   // of a part where the keys are split, at least
+constexpr int64_t kEnoughUnits = 16;  // of work for the keys not to be split
+
+struct Plan {
+  int64_t keys, queries;           // of the longest segment
+  int64_t total_rows;              // queries x heads of all segments
+  int64_t key_words, value_words;  // words of a row of Q, of dO
+  int64_t ldk, ldv;                // of rows of K and Q, of V and dO: round_up(D, 16)
+  int64_t key_block, tile;         // most keys of a block, most queries of a tile
+  int64_t lds;                     // floats of a row of S^T, words of a row of Q^T and dO^T
+  int64_t splits, split_keys;      // parts of the keys, keys of one
+  int64_t ldt;                     // elements of a row of K^T
+  bool sorted;                     // segments come in order of cost
+  bool in_turn;                    // heads run one after the other: they add to one mask gradient
+};
+
+template <class T>
+Plan make_plan(const AttentionInputs& in, const AttentionGrads& grads) {
+  Plan p{};
+  int64_t smallest = INT64_MAX;
+  for (int64_t i = 0; i < in.segment_count; ++i) {
+    const AttentionSegment& s = in.segments[i];
+    p.keys = max(p.keys, s.keys);
+    p.queries = max(p.queries, s.queries);
+    smallest = min(smallest, s.queries * s.keys);
+    p.total_rows += in.heads * s.queries;
+  }
+  p.key_words = ceil_div(in.head_dim, kPerWord<T>);
+  p.value_words = ceil_div(in.value_dim, kPerWord<T>);
+  p.ldk = round_up(in.head_dim, 16);
+  p.ldv = round_up(in.value_dim, 16);
+  p.sorted = smallest < p.queries * p.keys;
+  p.in_turn = grads.mask && ((grads.mask_batch_stride == 0 && in.segment_count > 1) ||
+                             (grads.mask_head_stride == 0 && in.heads > 1));
+  const int64_t units = p.in_turn ? 1 : in.segment_count * in.kv_heads;
+  const int64_t least = p.in_turn ? kKeys : kSplitKeys;
+  p.splits = 1;
+  if (units < kEnoughUnits) {
+    p.splits = max(1, min(p.keys / least, ceil_div(kEnoughUnits, max(1, units))));
+  }
+  p.split_keys = round_up(ceil_div(p.keys, p.splits), 16);
+  p.splits = max(1, ceil_div(p.keys, max(1, p.split_keys)));
+  p.key_block =
+      min(kKeys, round_up(ceil_div(p.split_keys, max(1, ceil_div(p.split_keys, kKeys))), 2));
+  p.tile = p.queries <= kQueries ? p.queries : kLongTile;
+  p.lds = round_up(p.tile, 64) + 16;
+  p.ldt = round_up(p.split_keys, 32) + 32;
+  return p;
+}
+
+// Scratch of one thread.
+template <class T>
+struct Buffers {
+  T *key, *value;                    // K (keys, ldk), V (keys, ldv)
+  T* key_columns;                    // K^T (D, ldt)
+  float *key_grad, *value_grad;      // (keys or a block of them, ldk | ldv)
+  uint32_t *query, *grad;            // Q^T (tiles, key words, lds), dO^T (tiles, value words, lds)
+  uint32_t *query_rows, *grad_rows;  // Q (queries / per word, ldk), dO (queries / per word, ldv)
+  float* query_grad;                 // dQ^T (tiles, D, lds)
+  float *lse, *count, *delta;        // (queries): see load_queries()
+  int32_t *first, *last;             // (queries): the keys that a query sees
+  float *s, *dp;                     // S^T, then P^T; dP^T, then dS^T: (key block, lds)
+  uint32_t* ds;                      // dS^T in row pairs (key block / 2, lds), where T is bf16
+  float* mask;                       // mask^T, then its gradient^T (key block, lds)
+  float* rows;                       // (max(16, key block), max(ldk, ldv))
+};
+
+struct Scratch {
+  int32_t* order;     // (segments)
+  int64_t* first;     // (segments): row of a segment's results
+  float* query_grad;  // (splits, total_rows, ldk)
+  char* threads;
+  int64_t thread_bytes;
+};
+
+template <class T>
+int64_t carve_thread(const AttentionInputs& in, const Plan& p, char* base, Buffers<T>* b) {
+  Arena arena{base};
+  Buffers<T> x;
+  const int64_t keys = round_up(p.split_keys, 16), queries = round_up(p.queries, 16) + 16;
+  const int64_t tiles = ceil_div(p.queries, max(1, p.tile));
+  const int64_t kept = in.heads > in.kv_heads ? keys : p.key_block;
+  x.key = arena.take<T>(keys * p.ldk);
+  x.value = arena.take<T>(keys * p.ldv);
+  x.key_columns = arena.take<T>((in.head_dim + 1) * p.ldt);
+  x.key_grad = arena.take<float>(kept * p.ldk);
+  x.value_grad = arena.take<float>(kept * p.ldv);
+  x.query = arena.take<uint32_t>(tiles * p.key_words * p.lds);
+  x.grad = arena.take<uint32_t>(tiles * p.value_words * p.lds);
+  x.query_rows = arena.take<uint32_t>(queries / kPerWord<T> * p.ldk);
+  x.grad_rows = arena.take<uint32_t>(queries / kPerWord<T> * p.ldv);
+  x.query_grad = arena.take<float>(tiles * in.head_dim * p.lds);
+  x.lse = arena.take<float>(queries);
+  x.count = arena.take<float>(queries);
+  x.delta = arena.take<float>(queries);
+  x.first = arena.take<int32_t>(queries);
+  x.last = arena.take<int32_t>(queries);
+  x.s = arena.take<float>(p.key_block * p.lds);
+  x.dp = arena.take<float>(p.key_block * p.lds);
+  x.ds = arena.take<uint32_t>(sizeof(T) == 2 ? ceil_div(p.key_block, 2) * p.lds : 0);
+  x.mask = arena.take<float>(in.mask.kind != AttentionMask::none ? p.key_block * p.lds : 0);
+  x.rows = arena.take<float>(max(16, p.key_block) * max(p.ldk, p.ldv));
+  if (b) *b = x;
+  return arena.used;
+}
+
+template <class T>
+int64_t carve(const AttentionInputs& in, const Plan& p, char* base, Scratch* s) {
+  Arena arena{base};
+  Scratch x{};
+  if (p.sorted) x.order = arena.take<int32_t>(in.segment_count);
+  if (p.splits > 1) {
+    x.first = arena.take<int64_t>(in.segment_count);
+    x.query_grad = arena.take<float>(p.splits * p.total_rows * p.ldk);
+  }
+  x.thread_bytes = round_up(carve_thread<T>(in, p, nullptr, nullptr), 4096) + 64;
+  x.threads = arena.take<char>(x.thread_bytes * num_threads());
+  if (s) *s = x;
+  return arena.used + 64;
+}
+
+template <class T>
+class Backward {
+ public:
+  Backward(const AttentionInputs& in, const HeadsRef& grad, const float* grad_lse,
+           const HeadsRef& out, const float* lse, const AttentionGrads& grads, void* scratch)
+      : in_(in),
+        grad_(grad),
+        out_(out),
+        grad_lse_(grad_lse),
+        lse_(lse),
+        grads_(grads),
+        plan_(make_plan<T>(in, grads)),
+        gemm_{sizeof(T) == 2 || brgemm_runs_f32()},
+        transformed_(in.mask.kind != AttentionMask::none || in.softcap > 0.f),
+        ranged_(false),
+        exponent_(__builtin_fabsf(in.scale) * kLog2e) {
+    for (int64_t i = 0; i < in.segment_count; ++i) ranged_ |= in.segments[i].range != nullptr;
+    const uintptr_t address = reinterpret_cast<uintptr_t>(scratch);
+    carve<T>(in, plan_, reinterpret_cast<char*>((address + 63) & ~uintptr_t{63}), &scratch_);
+  }
+
+  void run() {
+    if (plan_.sorted) sort_segments(in_, scratch_.order);
+    int64_t row = 0;
+    for (int64_t i = 0; scratch_.first && i < in_.segment_count; ++i) {
+      scratch_.first[i] = row;
+      row += in_.heads * in_.segments[i].queries;
+    }
+    const int64_t heads = in_.segment_count * in_.kv_heads;
+    const auto unit = [&](int64_t head, int64_t split, int thread) {
+      const int64_t rank = head / in_.kv_heads;
+      const int64_t segment = scratch_.order ? scratch_.order[rank] : rank;
+      unit_of(segment, head % in_.kv_heads, split, thread);
+      gemm_.release();
+    };
+    if (plan_.in_turn) {
+      for (int64_t head = 0; head < heads; ++head) {
+        parallel_for(plan_.splits, [&](int64_t split, int thread) { unit(head, split, thread); });
+      }
+    } else {
+      parallel_for(heads * plan_.splits, [&](int64_t i, int thread) {
+        unit(i / plan_.splits, i % plan_.splits, thread);
+      });
+    }
+    if (plan_.splits > 1 && grads_.query.data) {
+      parallel_for(in_.segment_count * in_.heads,
+                   [&](int64_t i, int) { add_query_grads(i / in_.heads, i % in_.heads); });
+    }
+  }
+
+ private:
+  int64_t group() const { return in_.heads / in_.kv_heads; }
+  int64_t tile_begin(int64_t tile) const { return tile * plan_.tile; }
+
+  void unit_of(int64_t index, int64_t kv_head, int64_t split, int thread) {
+    const AttentionSegment& segment = in_.segments[index];
+    Buffers<T> b;
+    carve_thread<T>(in_, plan_, scratch_.threads + thread * scratch_.thread_bytes, &b);
+    const Interval own{min(split * plan_.split_keys, segment.keys),
+                       min((split + 1) * plan_.split_keys, segment.keys)};
+    if (own.empty()) {
+      if (plan_.splits > 1 || segment.queries > 0) no_keys(index, kv_head, split);
+      return;
+    }
+    load_keys(segment, kv_head, own, b);
+    const int64_t blocks = ceil_div(own.length(), plan_.key_block);
+    const int64_t block = ceil_div(own.length(), blocks);  // evenly
+    const int64_t block_keys = min(plan_.key_block, round_up(block, 2));
+    for (int64_t g = 0; g < group(); ++g) {
+      const int64_t head = kv_head * group() + g;
+      load_queries(segment, head, b);
+      for (int64_t k = own.begin; k < own.end; k += block_keys) {
+        const Interval keys{k, min(k + block_keys, own.end)};
+        // One head's gradient is complete with the block; those of several are summed.
+        const int64_t at = group() > 1 ? k - own.begin : 0;
+        float* key_grad = b.key_grad + at * plan_.ldk;
+        float* value_grad = b.value_grad + at * plan_.ldv;
+        key_block(segment, head, keys, own.begin, g > 0, key_grad, value_grad, b);
+        if (g == group() - 1) write_keys(segment, kv_head, keys, key_grad, value_grad, b);
+      }
+      if (grads_.query.data) write_queries(index, head, split, b);
+    }
+  }
+
+  void load_keys(const AttentionSegment& segment, int64_t kv_head, Interval own,
+                 const Buffers<T>& b) {
+    const int64_t begin = segment.key_begin + own.begin, count = own.length();
+    const MatrixRef key =
+        head_rows(in_.key, in_.dtype, segment, kv_head, begin, count, in_.head_dim);
+    const MatrixRef value =
+        head_rows(in_.value, in_.dtype, segment, kv_head, begin, count, in_.value_dim);
+    pack_rows<T>(key, in_.dtype, 0, count, b.key, plan_.ldk);
+    pack_rows<T>(value, in_.dtype, 0, count, b.value, plan_.ldv);
+    if (grads_.query.data) {
+      pack_transposed<T>(key, in_.dtype, 0, count, b.key_columns, plan_.ldt);
+    }
+  }
+
+  // Q and dO of a head in both forms; for each query what its exponent and dP are shifted by.
+  // Queries that see nothing, and the padding after the last: P = 0.
+  void load_queries(const AttentionSegment& segment, int64_t head, const Buffers<T>& b) {
+    const int64_t count = segment.queries, padded = round_up(count, 16) + 16;
+    const MatrixRef query =
+        head_rows(in_.query, in_.dtype, segment, head, segment.query_begin, count, in_.head_dim);
+    const MatrixRef grad =
+        head_rows(grad_, in_.dtype, segment, head, segment.query_begin, count, in_.value_dim);
+    const MatrixRef out =
+        head_rows(out_, in_.dtype, segment, head, segment.query_begin, count, in_.value_dim);
+    for (int64_t t = 0; tile_begin(t) < count; ++t) {
+      const int64_t begin = tile_begin(t), rows = min(plan_.tile, count - begin);
+      const auto part = [&](const MatrixRef& x) {
+        return MatrixRef{row_ptr(x, in_.dtype, begin), rows, x.cols, x.stride};
+      };
+      pack_as_columns<T>(part(query), in_.dtype, in_.scale < 0.f,
+                         b.query + t * plan_.key_words * plan_.lds, plan_.lds);
+      pack_as_columns<T>(part(grad), in_.dtype, false, b.grad + t * plan_.value_words * plan_.lds,
+                         plan_.lds);
+    }
+    if (grads_.key.data) pack_as_rows<T>(query, in_.dtype, padded, b.query_rows, plan_.ldk);
+    if (grads_.value.data) pack_as_rows<T>(grad, in_.dtype, padded, b.grad_rows, plan_.ldv);
+    const int64_t row =
+        segment.batch * in_.lse_batch_stride + head * in_.lse_head_stride + segment.query_begin;
+    for (int64_t q = 0; q < padded; ++q) {
+      b.lse[q] = 1e30f;
+      b.count[q] = b.delta[q] = 0.f;
+      b.first[q] = b.last[q] = 0;
+      if (q >= count || lse_[row + q] == kNegativeInfinity) continue;
+      vf dot = {};
+      for (int64_t d = 0; d < in_.value_dim; d += kLanes) {
+        dot += load_f32(row_ptr(grad, in_.dtype, q), in_.dtype, d, in_.value_dim) *
+               load_f32(row_ptr(out, in_.dtype, q), in_.dtype, d, in_.value_dim);
+      }
+      b.delta[q] = hsum(dot) - (grad_lse_ ? grad_lse_[row + q] : 0.f);
+      b.lse[q] = transformed_ ? lse_[row + q] : lse_[row + q] * kLog2e;
+      if (transformed_) b.count[q] = absorbed(segment, head, q, lse_[row + q]);
+      b.last[q] = static_cast<int32_t>(segment.keys);
+      if (segment.range) {
+        const int32_t* range = segment.range + head * in_.range_head_stride + 2 * q;
+        b.first[q] = range[0];
+        b.last[q] = range[1];
+      }
+    }
+    if (grads_.query.data) {
+      std::memset(b.query_grad, 0,
+                  ceil_div(count, plan_.tile) * in_.head_dim * plan_.lds * sizeof(float));
+    }
+  }
+
+  // log2 of the number of keys that share the softmax of a query whose every key has a mask so low,
+  // such as the lowest float, that neither the logits nor log(count) show in its log-sum-exp.
+  float absorbed(const AttentionSegment& segment, int64_t head, int64_t query, float lse) const {
+    if (in_.mask.kind != AttentionMask::additive || !(lse < -1e30f)) return 0.f;
+    Interval keys{0, segment.keys};
+    if (segment.range) {
+      const int32_t* range = segment.range + head * in_.range_head_stride + 2 * query;
+      keys = {range[0], range[1]};
+    }
+    const MaskRow mask(in_.mask, segment, head, query);
+    int64_t count = 0;
+    for (int64_t j = keys.begin; j < keys.end; j += kLanes) {
+      const vf entry = mask.apply(vf{}, j, keys.end);
+      for (int64_t i = 0; i < min(kLanes, keys.end - j); ++i) count += entry[i] == lse;
+    }
+    return count > 1 ? __builtin_log2f(static_cast<float>(count)) : 0.f;
+  }
+
+  // Queries of [begin, end) that see one of `keys`, whole vectors of them; `all`: and every one of
+  // the keys.
+  Interval seeing(const Buffers<T>& b, Interval keys, Interval queries, bool& all) const {
+    all = true;
+    if (!ranged_) return queries;
+    Interval seen{queries.end, queries.begin};
+    for (int64_t q = queries.begin; q < queries.end; ++q) {
+      if (b.first[q] < keys.end && b.last[q] > keys.begin) {
+        seen.begin = min(seen.begin, q);
+        seen.end = q + 1;
+      }
+    }
+    if (seen.empty()) return seen;
+    seen.begin = queries.begin + ((seen.begin - queries.begin) & ~int64_t{15});
+    seen.end = min(queries.end, queries.begin + round_up(seen.end - queries.begin, 16));
+    for (int64_t q = seen.begin; q < seen.end; ++q) {
+      all &= b.first[q] <= keys.begin && b.last[q] >= keys.end;
+    }
+    return seen;
+  }
+
+  // dK and dV of a block of keys for one head, and its share of dQ^T.
+  void key_block(const AttentionSegment& segment, int64_t head, Interval keys, int64_t first,
+                 bool accumulate, float* key_grad, float* value_grad, const Buffers<T>& b) {
+    const int64_t rows = keys.length(), at = keys.begin - first;
+    for (int64_t t = 0; tile_begin(t) < segment.queries; ++t) {
+      const int64_t begin = tile_begin(t);
+      bool all;
+      const Interval queries =
+          seeing(b, keys, {begin, min(begin + plan_.tile, segment.queries)}, all);
+      if (queries.empty()) continue;
+      const int64_t column = queries.begin - begin, count = queries.length();
+      const int64_t padded = round_up(count, 16);
+      // One depth for many lengths, so that brgemm need not be compiled for each.
+      const int64_t depth = ranged_ || plan_.sorted ? padded : round_up(count, kPerWord<T>);
+      multiply<T>(gemm_, rows, padded, plan_.key_words * kPerWord<T>, b.key + at * plan_.ldk,
+                  plan_.ldk, b.query + t * plan_.key_words * plan_.lds + column, plan_.lds, b.s,
+                  plan_.lds, false);
+      multiply<T>(gemm_, rows, padded, plan_.value_words * kPerWord<T>, b.value + at * plan_.ldv,
+                  plan_.ldv, b.grad + t * plan_.value_words * plan_.lds + column, plan_.lds, b.dp,
+                  plan_.lds, false);
+      if (in_.mask.kind != AttentionMask::none) load_mask(segment, head, keys, queries, b);
+      all ? gradients<false>(keys, queries.begin, padded, b)
+          : gradients<true>(keys, queries.begin, padded, b);
+      if (grads_.mask) add_mask_grad(segment, head, keys, queries, b);
+      if (grads_.value.data) {
+        multiply<T>(gemm_, rows, in_.value_dim, depth, reinterpret_cast<const T*>(b.s),
+                    plan_.lds * kPerWord<T>, b.grad_rows + queries.begin / kPerWord<T> * plan_.ldv,
+                    plan_.ldv, value_grad, plan_.ldv, accumulate);
+      }
+      if (grads_.key.data) {
+        multiply<T>(gemm_, rows, in_.head_dim, depth, reinterpret_cast<const T*>(b.dp),
+                    plan_.lds * kPerWord<T>, b.query_rows + queries.begin / kPerWord<T> * plan_.ldk,
+                    plan_.ldk, key_grad, plan_.ldk, accumulate);
+      }
+      if (grads_.query.data) {
+        const uint32_t* ds = sizeof(T) == 2 ? b.ds : reinterpret_cast<const uint32_t*>(b.dp);
+        gemm_({in_.head_dim, padded, round_up(rows, kPerWord<T>), plan_.ldt, plan_.lds, plan_.lds,
+               true},
+              b.key_columns + at, reinterpret_cast<const T*>(ds),
+              b.query_grad + t * in_.head_dim * plan_.lds + column);
+      }
+      accumulate = true;
+    }
+    if (!accumulate) {
+      std::memset(key_grad, 0, rows * plan_.ldk * sizeof(float));
+      std::memset(value_grad, 0, rows * plan_.ldv * sizeof(float));
+    }
+  }
+
+  // P^T = exp(S^T - lse) and dS^T = P^T (dP^T - delta), in T, of `padded` queries from `begin` on.
+  template <bool kPartial>
+  void gradients(Interval keys, int64_t begin, int64_t padded, const Buffers<T>& b) {
+    transformed_ ? gradients_as<kPartial, true>(keys, begin, padded, b)
+                 : gradients_as<kPartial, false>(keys, begin, padded, b);
+  }
+
+  template <bool kPartial, bool kTransformed>
+  void gradients_as(Interval keys, int64_t begin, int64_t padded, const Buffers<T>& b) {
+    const int64_t rows = keys.length();
+    // One entry: P to `p`, dS returned.
+    const auto entry = [&](int64_t r, int64_t q, T* p) {
+      const int64_t at = r * plan_.lds + q;
+      vf x = load(b.s + at), slope = broadcast(1.f), e;
+      if constexpr (kTransformed) {
+        x = x * __builtin_fabsf(in_.scale);
+        if (in_.softcap > 0.f) {
+          const vf t = tanh(x / in_.softcap);
+          x = t * in_.softcap;
+          slope = 1.f - t * t;
+        }
+        if (in_.mask.kind != AttentionMask::none) x += load(b.mask + at);
+        e = exp2_of<kExpDegree<T>>((x - load(b.lse + begin + q)) * kLog2e -
+                                   load(b.count + begin + q));
+      } else {
+        e = exp2_of<kExpDegree<T>>(x * exponent_ - load(b.lse + begin + q));
+      }
+      vf ds = e * (load(b.dp + at) - load(b.delta + begin + q));
+      if constexpr (kPartial) {
+        const int32_t j = static_cast<int32_t>(keys.begin + r);
+        const vi seen = (load(b.first + begin + q) <= j) & (load(b.last + begin + q) > j);
+        e = seen ? e : vf{};
+        ds = seen ? ds : vf{};
+      }
+      put(p + q, e);
+      if constexpr (kTransformed) {
+        if (grads_.mask) store(b.mask + at, ds);
+        ds = ds * slope;
+      }
+      return ds;
+    };
+    for (int64_t r = 0; r < rows; r += kPerWord<T>) {
+      T* p = reinterpret_cast<T*>(b.s + r * plan_.lds);
+      T* ds = reinterpret_cast<T*>(b.dp + r * plan_.lds);
+      const int64_t next = plan_.lds * kPerWord<T>;  // elements to the next row
+      if constexpr (sizeof(T) == 4) {
+        for (int64_t q = 0; q < padded; q += kLanes) put(ds + q, entry(r, q, p));
+      } else {
+        uint32_t* pairs = b.ds + r / 2 * plan_.lds;
+        const bool odd = r + 1 == rows;
+        for (int64_t q = 0; q < padded; q += kLanes) {
+          const vh low = to_bf16_native(entry(r, q, p));
+          const vh high = odd ? vh{} : to_bf16_native(entry(r + 1, q, p + next));
+          store(ds + q, low);
+          if (!odd) store(ds + next + q, high);
+          store(pairs + q,
+                __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16));
+        }
+      }
+    }
+  }
+
+  VLM_INLINE void put(float* p, vf x) { store(p, x); }
+  VLM_INLINE void put(bf16_t* p, vf x) { store(p, to_bf16_native(x)); }
+
+  // mask^T of a block, what is boolean as 0 and -inf.
+  void load_mask(const AttentionSegment& segment, int64_t head, Interval keys, Interval queries,
+                 const Buffers<T>& b) {
+    for (int64_t q = 0; q < queries.length(); q += kLanes) {
+      for (int64_t k = 0; k < keys.length(); k += kLanes) {
+        vu v[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          v[i] = vu{};
+          if (q + i >= queries.length()) continue;
+          const MaskRow mask(in_.mask, segment, head, queries.begin + q + i);
+          v[i] = (vu)mask.apply(vf{}, keys.begin + k, keys.end);
+        }
+        transpose16(v);
+        const int64_t count = min(kLanes, keys.length() - k);
+        for (int64_t i = 0; i < count; ++i) {
+          store(b.mask + (k + i) * plan_.lds + q, (vf)v[i]);
+        }
+      }
+    }
+  }
+
+  void add_mask_grad(const AttentionSegment& segment, int64_t head, Interval keys, Interval queries,
+                     const Buffers<T>& b) {
+    float* to = grads_.mask + segment.batch * grads_.mask_batch_stride +
+                head * grads_.mask_head_stride + keys.begin;
+    for (int64_t q = 0; q < queries.length(); q += kLanes) {
+      for (int64_t k = 0; k < keys.length(); k += kLanes) {
+        vu v[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          v[i] = k + i < keys.length() ? (vu)load(b.mask + (k + i) * plan_.lds + q) : vu{};
+        }
+        transpose16(v);
+        const int64_t count = min(kLanes, keys.length() - k);
+        for (int64_t i = 0; i < min(kLanes, queries.length() - q); ++i) {
+          float* row = to + (queries.begin + q + i) * grads_.mask_row_stride + k;
+          const vf sum =
+              load_f32(reinterpret_cast<const char*>(row), DType::f32, 0, count) + (vf)v[i];
+          store_as(row, DType::f32, 0, sum, count);
+        }
+      }
+    }
+  }
+
+  void write_keys(const AttentionSegment& segment, int64_t kv_head, Interval keys,
+                  const float* key_grad, const float* value_grad, const Buffers<T>&) {
+    const int64_t begin = segment.key_begin + keys.begin, count = keys.length();
+    if (grads_.key.data) {
+      write_rows(key_grad, plan_.ldk, in_.scale,
+                 head_rows(grads_.key, in_.dtype, segment, kv_head, begin, count, in_.head_dim));
+    }
+    if (grads_.value.data) {
+      write_rows(value_grad, plan_.ldv, 1.f,
+                 head_rows(grads_.value, in_.dtype, segment, kv_head, begin, count, in_.value_dim));
+    }
+  }
+
+  void write_rows(const float* from, int64_t ld, float factor, const MutableMatrixRef& to) {
+    for (int64_t r = 0; r < to.rows; ++r) {
+      for (int64_t d = 0; d < to.cols; d += kLanes) {
+        store_as(to.data, in_.dtype, r * to.stride + d, load(from + r * ld + d) * factor,
+                 to.cols - d);
+      }
+    }
+  }
+
+  // 16 rows of dQ from dQ^T, (16, ldk).
+  void query_grad_rows(const Buffers<T>& b, int64_t query, float* rows) {
+    const float* from =
+        b.query_grad + query / plan_.tile * in_.head_dim * plan_.lds + query % plan_.tile;
+    for (int64_t d = 0; d < in_.head_dim; d += kLanes) {
+      vu v[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        v[i] = d + i < in_.head_dim ? (vu)load(from + (d + i) * plan_.lds) : vu{};
+      }
+      transpose16(v);
+      for (int i = 0; i < kLanes; ++i) store(rows + i * plan_.ldk + d, (vf)v[i]);
+    }
+  }
+
+  void write_queries(int64_t index, int64_t head, int64_t split, const Buffers<T>& b) {
+    const AttentionSegment& segment = in_.segments[index];
+    for (int64_t t = 0; tile_begin(t) < segment.queries; ++t) {
+      const int64_t end = min(tile_begin(t) + plan_.tile, segment.queries);
+      for (int64_t q = tile_begin(t); q < end; q += kLanes) {
+        const int64_t count = min(kLanes, end - q);
+        query_grad_rows(b, q, b.rows);
+        if (plan_.splits > 1) {
+          float* to = split_rows(index, head, split) + q * plan_.ldk;
+          std::memcpy(to, b.rows, count * plan_.ldk * sizeof(float));
+        } else {
+          write_rows(b.rows, plan_.ldk, in_.scale,
+                     head_rows(grads_.query, in_.dtype, segment, head, segment.query_begin + q,
+                               count, in_.head_dim));
+        }
+      }
+    }
+  }
+
+  // What one part of the keys gives to dQ of a head: (queries, ldk).
+  float* split_rows(int64_t index, int64_t head, int64_t split) const {
+    return scratch_.query_grad +
+           (split * plan_.total_rows + scratch_.first[index] + head * in_.segments[index].queries) *
+               plan_.ldk;
+  }
+
+  // A part without keys, or a segment without any.
+  void no_keys(int64_t index, int64_t kv_head, int64_t split) {
+    if (!grads_.query.data) return;
+    const AttentionSegment& segment = in_.segments[index];
+    for (int64_t g = 0; g < group(); ++g) {
+      const int64_t head = kv_head * group() + g;
+      if (plan_.splits > 1) {
+        std::memset(split_rows(index, head, split), 0, segment.queries * plan_.ldk * sizeof(float));
+        continue;
+      }
+      const MutableMatrixRef to = head_rows(grads_.query, in_.dtype, segment, head,
+                                            segment.query_begin, segment.queries, in_.head_dim);
+      for (int64_t r = 0; r < to.rows; ++r) {
+        std::memset(static_cast<char*>(to.data) + r * to.stride * element_size(in_.dtype), 0,
+                    to.cols * element_size(in_.dtype));
+      }
+    }
+  }
+
+  void add_query_grads(int64_t index, int64_t head) {
+    const AttentionSegment& segment = in_.segments[index];
+    float* sum = split_rows(index, head, 0);
+    for (int64_t i = 1; i < plan_.splits; ++i) {
+      const float* part = split_rows(index, head, i);
+      for (int64_t j = 0; j < segment.queries * plan_.ldk; j += kLanes) {
+        store(sum + j, load(sum + j) + load(part + j));
+      }
+    }
+    write_rows(sum, plan_.ldk, in_.scale,
+               head_rows(grads_.query, in_.dtype, segment, head, segment.query_begin,
+                         segment.queries, in_.head_dim));
+  }
+
+  const AttentionInputs& in_;
+  const HeadsRef& grad_;
+  const HeadsRef& out_;
+  const float* grad_lse_;
+  const float* lse_;
+  const AttentionGrads& grads_;
+  const Plan plan_;
+  const Gemm gemm_;
+  const bool transformed_;  // S is more than a product: softcap or mask
+  bool ranged_;             // some query does not see all keys
+  const float exponent_;    // from a product to an exponent of 2
+  Scratch scratch_;
+};
+
+}  // namespace
+
+int64_t attention_bwd_scratch_bytes(const AttentionInputs& in, const AttentionGrads& grads) {
+  return runs_in_bf16(in.dtype) ? carve<bf16_t>(in, make_plan<bf16_t>(in, grads), nullptr, nullptr)
+                                : carve<float>(in, make_plan<float>(in, grads), nullptr, nullptr);
+}
+
+void attention_bwd(const AttentionInputs& in, const HeadsRef& grad, const float* grad_lse,
+                   const HeadsRef& out, const float* lse, const AttentionGrads& grads,
+                   void* scratch) {
+  runs_in_bf16(in.dtype) ? Backward<bf16_t>(in, grad, grad_lse, out, lse, grads, scratch).run()
+                         : Backward<float>(in, grad, grad_lse, out, lse, grads, scratch).run();
+}
+
+}  // namespace vlm::cpu::VLM_ISA
+
+#else  // compiled once more without VLM_ISA: chooses at run time
+
+namespace vlm::cpu {
+
+VLM_DISPATCH(int64_t, attention_bwd_scratch_bytes,
+             (const AttentionInputs& in, const AttentionGrads& grads), (in, grads))
+VLM_DISPATCH(void, attention_bwd,
+             (const AttentionInputs& in, const HeadsRef& grad, const float* grad_lse,
+              const HeadsRef& out, const float* lse, const AttentionGrads& grads, void* scratch),
+             (in, grad, grad_lse, out, lse, grads, scratch))
+
+}  // namespace vlm::cpu
+#endif
