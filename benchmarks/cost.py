@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import shutil
 import statistics
@@ -172,7 +171,7 @@ def measure_all(build: bool = False) -> list[Row]:
     """A row for each cost."""
     load = record.OtherLoad()
     rows = [_row("import", import_seconds(), "s", "above torch's own")]
-    for op in filter(functools.partial(hasattr, vlm_kernels), peers.OPS):
+    for op in peers.OPS:
         rows += overhead(op)
     rows += build_wheel() if build else []
     share = load.share()

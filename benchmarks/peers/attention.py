@@ -259,7 +259,8 @@ class Case(case.Case):
 
     def backend(self, requested: str, device: str = "cpu") -> str:
         inputs = self.small()[0].inputs(device)
-        return _backends.select("attention", requested, *self.tensors(inputs))
+        op = "attention_varlen" if self.lengths else "attention"
+        return _backends.select(op, requested, *self.tensors(inputs))
 
 
 # --- what is run ---
@@ -274,7 +275,7 @@ def cases(args: argparse.Namespace, ops: Iterable[str]) -> list[tuple[Case, list
     if args.shapes is not None:
         shapes = args.shapes
     return [
-        (_case(shape, mode, dtype), [None])
+        (parse(shape, mode, dtype), [None])
         for mode in args.mode
         for dtype in args.dtype
         for shape in shapes
@@ -287,11 +288,11 @@ def memory_cases(args: argparse.Namespace, ops: Iterable[str]) -> list[tuple[Cas
         return []
     shapes = args.memory_shape or targets.ATTENTION_MEMORY
     return [
-        (_case(s, mode, dtype), None) for mode in args.mode for dtype in args.dtype for s in shapes
+        (parse(s, mode, dtype), None) for mode in args.mode for dtype in args.dtype for s in shapes
     ]
 
 
-def _case(shape: str, mode: str, dtype: str) -> Case:
+def parse(shape: str, mode: str, dtype: str) -> Case:
     """The case that `Case.shape` names. ValueError for what names none."""
     pattern, _, text = shape.rpartition(":")
     sizes = [int(size) for size in text.split("x")]
@@ -405,9 +406,7 @@ def peers(op: str) -> list[Provider]:
     for name, one, note in (("sdpa", sdpa, _SDPA), ("eager", eager, _EAGER)):
         found += [
             _prepared(f"{name}_per_image", _per_image(one), f"{note}, a call an image", _PACKED),
-            _prepared(
-                f"{name}_batched", _batched(one), f"{note}, windows as a batch", ("windows",)
-            ),
+            _prepared(f"{name}_batched", _batched(one), f"{note}, as a batch", ("windows",)),
         ]
     return [
         *found,
@@ -418,7 +417,8 @@ def peers(op: str) -> list[Provider]:
 
 
 def _prepared(name: str, prepare: Prepare, note: str, patterns: tuple[str, ...]) -> Provider:
-    return Provider(name, lambda _: prepare, note=note, patterns=patterns)
+    keep = name in ("sdpa_per_image", "sdpa_batched")
+    return Provider(name, lambda _: prepare, note=note, patterns=patterns, keep=keep)
 
 
 def ours(op: str, workspace_mb: int | None = None, backend: str = "auto") -> Provider:
