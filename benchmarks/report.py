@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,11 +215,13 @@ def plot(rows: Sequence[Row], path: str) -> None:
     if not timed:
         raise ValueError("plot: no row was timed")
     panels = list(dict.fromkeys(map(_panel, timed)))
+    kinds = list(dict.fromkeys(panel[:2] for panel in panels))
+    panels.sort(key=lambda panel: kinds.index(panel[:2]))  # a group's modes and dtypes together
     names = list(dict.fromkeys(map(_provider, timed)))
-    most = max(len({_case(r) for r in timed if _panel(r) == panel}) for panel in panels)
+    bars = max(sum(_panel(row) == panel for row in timed) for panel in panels)
     across = min(len(panels), 2)
     down = math.ceil(len(panels) / across)
-    width = max(5.0, 1.2 + 0.25 * most * len(names))
+    width = max(5.0, 1.2 + 0.25 * bars)
     figure = Figure(figsize=(width * across, 3.6 * down + 1.2), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat[len(panels) :]:
@@ -236,11 +239,12 @@ def plot(rows: Sequence[Row], path: str) -> None:
 
 def _draw(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
     cases = list(dict.fromkeys(map(_case, rows)))
-    shown = [name for name in names if any(_provider(row) == name for row in rows)]
-    size = 0.88 / len(shown)
+    most = max(Counter(map(_case, rows)).values())
+    size = 0.88 / most
     for row in rows:
         name = _provider(row)
-        x = cases.index(_case(row)) + (shown.index(name) - (len(shown) - 1) / 2) * size
+        beside = [_provider(r) for r in rows if _case(r) == _case(row)]
+        x = cases.index(_case(row)) + (beside.index(name) - (len(beside) - 1) / 2) * size
         axes.bar(x, row["tflops"] * 1e3, size * 0.92, color=f"C{names.index(name) % 10}")
         text = f" {_number(row['ms'])}"
         if row["ours"] and row["speedup"] is not None:
@@ -249,8 +253,9 @@ def _draw(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
         style["bbox"] = {"color": "white", "pad": 0.3}
         axes.text(x, row["tflops"] * 1e3, text, weight="bold" if row["ours"] else None, **style)
     axes.axhline(rows[0]["peak_tflops"] * 1e3, color="0.4", linestyle="--", linewidth=1)
-    # room for the text on the highest bar
-    axes.set_ylim(0, 1.35 * max(row["tflops"] * 1e3 for row in rows))
+    # room for the text on the highest bar, and for the limit
+    highest = max(row["tflops"] for row in rows)
+    axes.set_ylim(0, 1e3 * max(1.5 * highest, 1.05 * rows[0]["peak_tflops"]))
     axes.set_xlim(-0.5, len(cases) - 0.5)
     labels = [case.split()[-1].replace(":", "\n") for case in cases]
     slanted = {"rotation": 30, "ha": "right"} if max(map(len, labels)) > 10 else {}

@@ -54,7 +54,7 @@ def passing(suite: ModuleType, row) -> list[dict[str, Any]]:
             roofline_pct=50.0,
         )
         for t in targets.SPEED
-        if t.against != ("sdpa",)  # the same rows as the best peer's
+        if t.floor  # without one a target looks at the rows of another
         for shape in t.shapes
     ]
     n, d = targets.MEMORY_SHAPE
@@ -93,7 +93,11 @@ def test_check_holds_where_every_target_does(suite: ModuleType, passing, capsys)
         ({"workspace_mb": 16}, {"speedup": 1.04}, "1.04x"),
         ({"op": "siglip_loss"}, {"counts": False, "backend": "reference"}, "backend reference"),
         ({"op": "attention", "mode": "fwd"}, {"speedup": 1.34}, "attention dense fwd fp32"),
-        ({"group": "dense", "dtype": "bf16"}, {"ratios": {"sdpa": 1.0, "eager": 9.0}}, "sdpa"),
+        (
+            {"group": "dense", "dtype": "bf16"},
+            {"ratios": {"sdpa": 1.0, "eager": 9.0}},
+            "against sdpa",
+        ),
         ({"group": "packed"}, {"ratios": {"sdpa_mask": 1.0}}, "worst 1.00x"),
         ({"group": "packed"}, {"counts": False, "backend": "reference"}, "attention packed"),
         ({"op": "siglip_loss"}, {"status": "error", "reason": "Boom: no"}, "Boom: no"),
@@ -283,10 +287,12 @@ def test_costs(suite: ModuleType, monkeypatch) -> None:
     monkeypatch.setattr(suite.cost, "_CALLS", 5)
     monkeypatch.setattr(suite.cost, "_ROUNDS", 2)
     threads = torch.get_num_threads()
-    rows = suite.cost.overhead("clip_loss")
-    assert torch.get_num_threads() == threads
-    assert [r.name for r in rows] == ["call, no gradients", "call, gradients", "call and backward"]
-    assert all(r.value is not None or r.reason for r in rows)
+    names = ["call, no gradients", "call, gradients", "call and backward"]
+    for op in ("clip_loss", "attention"):
+        rows = suite.cost.overhead(op)
+        assert torch.get_num_threads() == threads
+        assert [(r.name, r.op) for r in rows] == [(name, op) for name in names]
+        assert all(r.value is not None or r.reason for r in rows)
     assert 0 < suite.cost.import_seconds(runs=1) < 5
 
 
@@ -354,8 +360,9 @@ def test_ours_and_the_peers_compute_the_same(suite: ModuleType, shape, mode, dty
     rivals = [peer for peer in attention.peers("attention") if case.takes(peer)]
     assert rivals
     for provider in [*mine, *rivals]:
-        if provider.name == "flex":
-            continue  # compiles for seconds: once, below
+        # what compiles for seconds is called once, below; the mask of the images has 24 M entries
+        if provider.name == "flex" or (case.pattern, provider.name) == ("images", "sdpa_mask"):
+            continue
         errors, _ = suite.measure._error(case, provider, suite.measure.Settings())
         grads = {"query", "key", "value"} if mode == "full" else set()
         assert set(errors) == {"out"} | grads
