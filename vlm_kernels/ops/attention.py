@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -244,21 +245,26 @@ _NAMES = (
     "k_norm[2]",
     "k_norm[3]",
 )
-_NUMBERS = ("scale", "softcap", "q_norm[2]", "k_norm[2]", "window[0]", "window[1]")
-_FLAGS = ("is_causal", "rope[2]", "q_norm[3]", "k_norm[3]")
+_OPTIONAL = (
+    *("attn_mask", "kv_range", "cu_seqlens_q", "cu_seqlens_k", "scale", "rope[0]", "rope[1]"),
+    *("q_norm[0]", "q_norm[1]", "k_norm[0]", "k_norm[1]"),
+)
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("window[0]", "window[1]"), ((int, torch.SymInt), "an integer")),
+    **dict.fromkeys(
+        ("scale", "softcap", "q_norm[2]", "k_norm[2]"),
+        ((int, float, torch.SymInt, torch.SymFloat), "a number"),
+    ),
+    **dict.fromkeys(
+        ("is_causal", "rope[2]", "q_norm[3]", "k_norm[3]"), ((bool, torch.SymBool), "True or False")
+    ),
+}
 
 
 def _check_types(op: str, args: tuple[Any, ...]) -> None:
     for name, value in zip(_NAMES, args, strict=True):
-        if value is None and name not in ("query", "key", "value"):
-            continue
-        expected: tuple[type, ...] = (Tensor,)
-        words = "a tensor"
-        if name in _NUMBERS:
-            expected, words = (int, float), "a number"
-        elif name in _FLAGS:
-            expected, words = (bool,), "True or False"
-        if not isinstance(value, expected):
+        expected, words = _TYPES.get(name, ((Tensor,), "a tensor"))
+        if not isinstance(value, expected) and not (value is None and name in _OPTIONAL):
             raise TypeError(f"{op}: {name} is {type(value).__name__}, expected {words}")
 
 
@@ -352,101 +358,93 @@ def _check_reference(op: str, *args: Any) -> None:
     _check_types(op, args)
     query, key, value, mask, kv_range, cu_q, cu_k, _, left, right, scale, softcap, *rest = args
     cos, sin, _, q_weight, q_bias, q_eps, _, k_weight, k_bias, k_eps, _ = rest
-    packed = cu_q is not None
-    layout = "(T, H, D)" if packed else "(B, H, N, D)"
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-
-    def need(fine: bool, words: str, error: type[Exception] = ValueError) -> None:
-        if not fine:
-            raise error(f"{op}: {words}")
-
-    dims = 3 if packed else 4
-    need({query.dim(), key.dim(), value.dim()} == {dims}, f"{shapes}; expected three of {layout}")
-    need(query.is_floating_point(), f"query is {query.dtype}, expected floating-point", TypeError)
-    need(
-        query.dtype == key.dtype == value.dtype,
-        f"query is {query.dtype}, key {key.dtype} and value {value.dtype}; expected one dtype",
-        TypeError,
-    )
+    packed, shapes = cu_q is not None, [tuple(x.shape) for x in (query, key, value)]
+    if [len(shape) for shape in shapes] != [3 if packed else 4] * 3:
+        layout = "(T, H, D)" if packed else "(B, H, N, D)"
+        raise ValueError(f"{op}: query, key and value are {shapes}, expected {layout}")
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise TypeError(
+            f"{op}: query is {query.dtype}, key {key.dtype} and value {value.dtype}; expected one "
+            "dtype, a floating-point one"
+        )
     for name, x in zip(_NAMES, args, strict=True):
-        if isinstance(x, Tensor):
-            need(
-                x.device == query.device,
-                f"{name} is on {x.device} but query is on {query.device}; move it there with .to()",
+        if isinstance(x, Tensor) and x.device != query.device:
+            raise ValueError(
+                f"{op}: {name} is on {x.device} but query is on {query.device}; move it there "
+                "with .to()"
             )
     rows = 0 if packed else 2
     heads, kv_heads, nq, nk = query.shape[1], key.shape[1], query.shape[rows], key.shape[rows]
-    need(
-        key.shape[:-1] == value.shape[:-1]
-        and key.shape[-1] == query.shape[-1] > 0 < value.shape[-1]
-        and (packed or key.shape[0] == query.shape[0])
-        and 0 < kv_heads <= heads
-        and heads % kv_heads == 0,
-        f"{shapes}; expected one head dim D in query and key, heads of query that are a multiple "
-        "of those of key, and key and value that differ in the last dimension only",
-    )
-    need(left >= -1 and right >= -1, f"window is {(left, right)}, expected two numbers from -1 on")
-    need(0 <= softcap < float("inf"), f"softcap is {softcap}, expected 0 or a positive number")
-    need(scale is None or abs(scale) < float("inf"), f"scale is {scale}, expected a finite number")
+    if (
+        key.shape[:-1] != value.shape[:-1]
+        or key.shape[-1] != query.shape[-1]
+        or not (packed or key.shape[0] == query.shape[0])
+        or 0 in (query.shape[-1], value.shape[-1], kv_heads)
+        or heads % kv_heads != 0
+    ):
+        raise ValueError(
+            f"{op}: query, key and value are {shapes}; expected one head dim D in query and key, "
+            "heads of query that are a multiple of those of key, and key and value that differ in "
+            "the last dimension only"
+        )
+    if left < -1 or right < -1:
+        raise ValueError(f"{op}: window is {(left, right)}, expected two numbers from -1 on")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}, expected 0 for none or a positive number")
+    if scale is not None and not abs(scale) < math.inf:
+        raise ValueError(f"{op}: scale is {scale}, expected a finite number or None")
     if mask is not None:
         full = (query.shape[0], heads, nq, nk)
-        need(
-            mask.dim() <= 4
-            and all(n in (1, f) for n, f in zip(reversed(mask.shape), reversed(full))),
-            f"attn_mask has shape {tuple(mask.shape)}, expected one that broadcasts to "
-            f"(B, H, Nq, Nk) = {tuple(full)}",
-        )
-        need(
-            mask.dtype in (torch.bool, torch.float32, query.dtype),
-            f"attn_mask is {mask.dtype}, expected bool, float32 or {query.dtype}",
-            TypeError,
-        )
+        pairs = zip(reversed(mask.shape), reversed(full))
+        if mask.dim() > 4 or not all(n in (1, size) for n, size in pairs):
+            raise ValueError(
+                f"{op}: attn_mask has shape {tuple(mask.shape)}, expected one that broadcasts to "
+                f"(B, H, Nq, Nk) = {full}"
+            )
+        if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            raise TypeError(
+                f"{op}: attn_mask is {mask.dtype}, expected bool, float32 or {query.dtype}"
+            )
     if kv_range is not None:
-        need(
-            kv_range.dim() == 4
-            and kv_range.shape[0] in (1, query.shape[0])
-            and kv_range.shape[1] in (1, heads)
-            and kv_range.shape[2:] == (nq, 2),
-            f"kv_range has shape {tuple(kv_range.shape)}, expected (1 or {query.shape[0]}, 1 or "
-            f"{heads}, {nq}, 2)",
-        )
-        need(
-            kv_range.dtype == torch.int32,
-            f"kv_range is {kv_range.dtype}, expected int32",
-            TypeError,
-        )
+        if kv_range.dtype != torch.int32:
+            raise TypeError(f"{op}: kv_range is {kv_range.dtype}, expected int32")
+        allowed = ((1, query.shape[0]), (1, heads), (nq,), (2,))
+        if kv_range.dim() != 4 or not all(n in a for n, a in zip(kv_range.shape, allowed)):
+            raise ValueError(
+                f"{op}: kv_range has shape {tuple(kv_range.shape)}, expected one of {allowed}"
+            )
+    d = query.shape[-1]
     if cos is not None:
-        need(
-            cos.shape == sin.shape
-            and cos.dim() in ((2,) if packed else (2, 3))
-            and cos.shape[-2] == nk
-            and cos.shape[:-2] in ((), (1,), (query.shape[0],))
-            and 2 * cos.shape[-1] <= query.shape[-1],
-            f"rope has tables {tuple(cos.shape)} and {tuple(sin.shape)}, expected a row for each "
-            f"of the {nk} keys and at most {query.shape[-1] // 2} columns",
-        )
-        need(
-            cos.dtype == sin.dtype and cos.dtype in (torch.float32, query.dtype),
-            f"rope has tables of {cos.dtype} and {sin.dtype}, expected float32",
-            TypeError,
-        )
-        need(
-            packed or nq <= nk, f"rope came with {nq} queries and {nk} keys; expected at most {nk}"
-        )
-    norms = (
+        if (
+            cos.shape != sin.shape
+            or cos.dim() not in ((2,) if packed else (2, 3))
+            or cos.shape[-2] != nk
+            or (cos.dim() == 3 and cos.shape[0] not in (1, query.shape[0]))
+            or not 0 < 2 * cos.shape[-1] <= d
+        ):
+            raise ValueError(
+                f"{op}: rope has tables {tuple(cos.shape)} and {tuple(sin.shape)}, expected a row "
+                f"for each of the {nk} keys and at most {d // 2} columns"
+            )
+        if cos.dtype != sin.dtype or cos.dtype not in (torch.float32, query.dtype):
+            raise TypeError(f"{op}: rope has {cos.dtype} and {sin.dtype}, expected float32")
+        if not packed and nq > nk:
+            raise ValueError(f"{op}: rope came with {nq} queries and {nk} keys, which are fewer")
+    for name, weight, bias, eps, count in (
         ("q_norm", q_weight, q_bias, q_eps, heads),
         ("k_norm", k_weight, k_bias, k_eps, kv_heads),
-    )
-    for name, weight, bias, eps, count in norms:
+    ):
         if weight is None:
             continue
-        d = query.shape[-1]
-        need(
-            weight.shape in ((d,), (count, d)) and (bias is None or bias.shape == weight.shape),
-            f"{name} has a weight of shape {tuple(weight.shape)}, expected ({d},) or "
-            f"({count}, {d}), and a bias of the same shape or None",
-        )
-        need(0 <= eps < float("inf"), f"{name} has eps {eps}, expected a number of at least 0")
+        if weight.shape not in ((d,), (count, d)) or not (
+            bias is None or bias.shape == weight.shape
+        ):
+            raise ValueError(
+                f"{op}: {name} has a weight of shape {tuple(weight.shape)}, expected ({d},) or "
+                f"({count}, {d}), and a bias of the same shape or None"
+            )
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"{op}: {name} has eps {eps}, expected a number of at least 0")
     if packed:
         _check_seqlens(op, cu_q, cu_k, nq, nk, cos is not None)
 

@@ -294,14 +294,17 @@ def all_variants() -> list[Variant]:
         {"rope": "half", "norm": "rms"},
         {"rope": "interleaved", "norm": "layer_heads", "softcap": 6.0, "lse": True},
     )
+    # Shapes and layouts in turn, such that each meets each of the others.
+    turns = len(others)
     return [
-        Variant(keys, mask, shape, layout=layout, **other)
-        for (keys, mask, other), shape, layout in zip(
-            product(KEYS, MASKS, others),
-            MASK_SHAPES[: len(KEYS)] * len(KEYS) * len(others),
-            LAYOUTS * len(KEYS) * len(MASKS),
-            strict=False,
+        Variant(
+            keys,
+            mask,
+            MASK_SHAPES[(5 * i + i // len(MASK_SHAPES)) % len(MASK_SHAPES)],
+            layout=LAYOUTS[(i + i // turns) % len(LAYOUTS)],
+            **other,
         )
+        for i, (keys, mask, other) in enumerate(product(KEYS, MASKS, others))
     ]
 
 
