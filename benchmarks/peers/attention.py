@@ -180,7 +180,7 @@ class Case(case.Case):
 
     @property
     def flops(self) -> float:
-        # two products forward; five backward, of which the logits are made again
+        # two products forward; five backward, the scores among them: nobody keeps those
         return {"fwd": 4, "full": 14}[self.mode] * self._pairs * self.h * self.d
 
     @property
@@ -321,9 +321,10 @@ def _definition(inputs: Inputs) -> Run:
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Product, softmax, product in the dtype of the inputs, as models had it before SDPA."""
-    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]))
-    return scores.softmax(-1) @ value
+    """Product, softmax, product in the dtype of the inputs, as models had it before SDPA. Queries
+    are scaled, not scores, as in CLIP: that is one pass over the scores less."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    return (query * scale @ key.transpose(-2, -1)).softmax(-1) @ value
 
 
 def _per_image(one: Run) -> Prepare:
