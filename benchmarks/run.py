@@ -63,7 +63,7 @@ def _positive(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add = parser.add_argument
-    add("--op", choices=sorted(_OPS), default="contrastive", help="contrastive is both losses")
+    add("--op", choices=sorted(_OPS), default="contrastive", help="contrastive: both losses")
     add("--group", type=_list(_GROUPS), help="of attention: its sets of shapes (default: all)")
     add("--mode", type=_list(_MODES), default=["full"], help="fwd,full (default: full)")
     add("--dtype", type=_list(roofline.DTYPES), default=["fp32", "bf16"], help="fp32,bf16,fp16")
