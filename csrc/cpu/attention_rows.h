@@ -1,6 +1,6 @@
 // Rows of one head made ready for the products of attention, and the way back for their gradient:
-// normalisation (QK-norm), rotary position embedding, conversion. Each row is read once from memory
-// (twice from L1 with a normalisation) and written once.
+// normalisation (QK-norm), rotary position embedding, conversion. Each row is read once and written
+// once.
 //
 // A row of d >= 16 features is walked in whole vectors, the last of which ends with the row and
 // repeats lanes of the one before where d is no multiple of 16: nothing is read or written beyond
@@ -12,7 +12,7 @@
 
 namespace vlm::cpu::VLM_ISA {
 
-constexpr int64_t kRowBlock = 16;     // rows whose statistics are taken at once
+constexpr int64_t kRowBlock = 16;     // rows that are normalised at once
 constexpr int64_t kMaxHeadDim = 256;  // of a row that is staged
 
 // x rounded to the nearest fp16 (even), as a float.
@@ -191,12 +191,6 @@ struct HeadAffine {
         bias(norm.bias ? norm.bias + head * norm.head_stride : nullptr) {}
 };
 
-// Of a block of rows; mean is 0 for RMS.
-struct RowStats {
-  alignas(64) float mean[kRowBlock] = {};
-  alignas(64) float inverse[kRowBlock];  // 1 / deviation
-};
-
 // What a block of rows summed lane by lane, a vector a row; the rows' sums come all at once.
 struct RowSums {
   alignas(64) float lanes[kRowBlock * kLanes] = {};
@@ -216,34 +210,60 @@ struct RowSums {
   }
 };
 
-template <DType kType>
-static void measure_rows(const SourceRows<kType>& source, int64_t first, int64_t rows,
-                         const HeadNorm& norm, RowStats& stats) {
-  using Rows = SourceRows<kType>;
-  const SourceRows<kType> x = source;
-  const float each = 1.f / static_cast<float>(x.d);
-  RowSums sums;
-  if (norm.kind == HeadNorm::layer) {
+constexpr int64_t kStagedStride = kMaxHeadDim + kLanes;  // floats; off multiples of a page
+
+// A block of rows in fp32, and their statistics. Rows of the input may lie a page apart, where few
+// of them fit the first-level cache: each is read once.
+struct StagedRows {
+  alignas(64) float x[kRowBlock * kStagedStride];
+  alignas(64) float mean[kRowBlock] = {};  // 0 for RMS
+  alignas(64) float inverse[kRowBlock];    // 1 / deviation
+
+  template <DType kType>
+  void read(const SourceRows<kType>& source, int64_t first, int64_t rows, HeadNorm::Kind kind,
+            float eps) {
+    using Rows = SourceRows<kType>;
+    const SourceRows<kType> from = source;
+    const float each = 1.f / static_cast<float>(from.d);
+    const bool layer = kind == HeadNorm::layer;
+    RowSums sums;
     for (int64_t r = 0; r < rows; ++r) {
+      float* to = x + r * kStagedStride;
       vf sum = {};
-      visit_vectors(x.d, [&](int64_t j, vi fresh) __attribute__((always_inline)) {
-        sum += keep(Rows::at(x, first + r, j), fresh);
+      visit_vectors(from.d, [&](int64_t j, vi fresh) __attribute__((always_inline)) {
+        const vf value = Rows::at(from, first + r, j);
+        store(to + j, value);
+        sum += keep(layer ? value : value * value, fresh);
       });
       store(sums.lanes + r * kLanes, sum);
     }
-    store(stats.mean, RowSums::total(sums) * each);
+    if (layer) {
+      store(mean, RowSums::total(sums) * each);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* row = x + r * kStagedStride;
+        const float mu = mean[r];
+        vf squares = {};
+        visit_vectors(from.d, [&](int64_t j, vi fresh) __attribute__((always_inline)) {
+          const vf centred = keep(load(row + j) - mu, fresh);
+          squares += centred * centred;
+        });
+        store(sums.lanes + r * kLanes, squares);
+      }
+    }
+    store(inverse, 1.f / sqrt(RowSums::total(sums) * each + eps));
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const float mean = stats.mean[r];
-    vf squares = {};
-    visit_vectors(x.d, [&](int64_t j, vi fresh) __attribute__((always_inline)) {
-      const vf centred = keep(Rows::at(x, first + r, j) - mean, fresh);
-      squares += centred * centred;
-    });
-    store(sums.lanes + r * kLanes, squares);
+
+  void read(const char* src, int64_t stride, DType dtype, int64_t d, int64_t first, int64_t rows,
+            const HeadNorm& norm) {
+    if (dtype == DType::f32) {
+      read(SourceRows<DType::f32>{src, stride, d}, first, rows, norm.kind, norm.eps);
+    } else if (dtype == DType::bf16) {
+      read(SourceRows<DType::bf16>{src, stride, d}, first, rows, norm.kind, norm.eps);
+    } else {
+      read(SourceRows<DType::f16>{src, stride, d}, first, rows, norm.kind, norm.eps);
+    }
   }
-  store(stats.inverse, 1.f / sqrt(RowSums::total(sums) * each + norm.eps));
-}
+};
 
 // ---------------------------------------------------------------------------------------------
 // Rows of less than 16 features.
@@ -289,40 +309,54 @@ static void prepare_tiny_row(const char* src, int64_t d, const HeadNorm& norm, i
 // ---------------------------------------------------------------------------------------------
 // Forward.
 
-template <DType kType, bool kNorm, class T>
-static void prepare_rows_as(const SourceRows<kType>& x, int64_t rows, const HeadNorm& norm,
-                            int64_t head, const RowRope& rope, T* dst, int64_t ld) {
-  using Rows = SourceRows<kType>;
-  const SourceRows<kType> source = x;
+// A rotated row of d >= 16 features from get(j), with its padding.
+template <DType kType, class T, class Get>
+VLM_INLINE void write_row(const RowRope& rope, int64_t row, int64_t d, Get get, T* out,
+                          int64_t ld) {
+  const int64_t padded = round_up(d, kLanes);
+  if (padded <= ld) {  // what is not padding is written over
+    store_prepared<kType>(out + padded - kLanes, vf{});
+  } else {
+    for (int64_t j = d; j < ld; ++j) out[j] = T{};
+  }
+  rotate_row<1>(rope, row, d, get, [&](int64_t j, vf value) __attribute__((always_inline)) {
+    store_prepared<kType>(out + j, value);
+  });
+}
+
+template <DType kType, class T>
+static void rotate_rows(const SourceRows<kType>& source, int64_t rows, const RowRope& rope, T* dst,
+                        int64_t ld) {
+  const SourceRows<kType> x = source;
+  const RowRope tables = rope;
+  for (int64_t row = 0; row < rows; ++row) {
+    write_row<kType>(
+        tables, row, x.d,
+        [&](int64_t j) __attribute__((always_inline)) { return SourceRows<kType>::at(x, row, j); },
+        dst + row * ld, ld);
+  }
+}
+
+template <DType kType, class T>
+static void norm_rows(const SourceRows<kType>& x, int64_t rows, const HeadNorm& norm, int64_t head,
+                      const RowRope& rope, T* dst, int64_t ld) {
   const RowRope tables = rope;
   const HeadAffine affine(norm, head);
-  const int64_t padded = round_up(x.d, kLanes);
+  const int64_t d = x.d;
   for (int64_t first = 0; first < rows; first += kRowBlock) {
     const int64_t count = min(kRowBlock, rows - first);
-    RowStats stats;
-    if constexpr (kNorm) measure_rows(x, first, count, norm, stats);
+    StagedRows staged;
+    staged.read(x, first, count, norm.kind, norm.eps);
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = first + r;
-      T* out = dst + row * ld;
-      if (padded <= ld) {  // what is not padding is written over
-        store_prepared<kType>(out + padded - kLanes, vf{});
-      } else {
-        for (int64_t j = source.d; j < ld; ++j) out[j] = T{};
-      }
-      float mean = 0.f, inverse = 1.f;
-      if constexpr (kNorm) mean = stats.mean[r], inverse = stats.inverse[r];
-      rotate_row<1>(
-          tables, row, source.d,
+      const float* row = staged.x + r * kStagedStride;
+      const float mean = staged.mean[r], inverse = staged.inverse[r];
+      write_row<kType>(
+          tables, first + r, d,
           [&](int64_t j) __attribute__((always_inline)) {
-            vf value = Rows::at(source, row, j);
-            if constexpr (kNorm) {
-              value = (value - mean) * inverse * load(affine.weight + j);
-              if (affine.bias) value += load(affine.bias + j);
-            }
-            return value;
+            const vf value = (load(row + j) - mean) * inverse * load(affine.weight + j);
+            return affine.bias ? value + load(affine.bias + j) : value;
           },
-          [&](int64_t j, vf value)
-              __attribute__((always_inline)) { store_prepared<kType>(out + j, value); });
+          dst + (first + r) * ld, ld);
     }
   }
 }
@@ -345,9 +379,9 @@ static void prepare_rows(const char* src, int64_t row_stride, DType dtype, int64
                                 dst + r * ld, ld);
       }
     } else if (norm.kind == HeadNorm::none) {
-      prepare_rows_as<kType, false>(x, rows, norm, head, rope, dst, ld);
+      rotate_rows(x, rows, rope, dst, ld);
     } else {
-      prepare_rows_as<kType, true>(x, rows, norm, head, rope, dst, ld);
+      norm_rows(x, rows, norm, head, rope, dst, ld);
     }
   };
   if constexpr (sizeof(T) == 2) {
@@ -380,32 +414,30 @@ static inline void rotate_rows_back(const float* grad, int64_t ld, int64_t rows,
 
 // Gradient through the normalisation: with s = (x - mean) / deviation and y = s w + b,
 // dx = (w dy - s mean(w dy s) - mean(w dy)) / deviation, the last term for `layer` only.
-template <DType kType>
-static void norm_rows_backward(const float* grad, int64_t ld, const SourceRows<kType>& x,
-                               int64_t rows, const HeadNorm& norm, int64_t head,
-                               const RowRope& rope, float* out, int64_t ld_out, float* weight_grad,
-                               float* bias_grad) {
-  using Rows = SourceRows<kType>;
-  const SourceRows<kType> source = x;
-  const int64_t d = x.d;
+static inline void norm_rows_backward(const float* grad, int64_t ld, const char* src,
+                                      int64_t row_stride, DType dtype, int64_t rows, int64_t d,
+                                      const HeadNorm& norm, int64_t head, const RowRope& rope,
+                                      float* out, int64_t ld_out, float* weight_grad,
+                                      float* bias_grad) {
   const float each = 1.f / static_cast<float>(d);
   const float* weight = HeadAffine(norm, head).weight;
-  alignas(64) float block[kRowBlock * kMaxHeadDim];  // gradient before the rotation
+  alignas(64) float before[kRowBlock * kStagedStride];  // gradient before the rotation
   for (int64_t first = 0; first < rows; first += kRowBlock) {
     const int64_t count = min(kRowBlock, rows - first);
-    RowStats stats;
-    measure_rows(x, first, count, norm, stats);
-    rotate_rows_back(grad + first * ld, ld, count, d, rope, first, block, kMaxHeadDim);
+    StagedRows staged;
+    staged.read(src, row_stride, dtype, d, first, count, norm);
+    rotate_rows_back(grad + first * ld, ld, count, d, rope, first, before, kStagedStride);
     // A block's sums on their own first: a long chain of additions would drift.
     alignas(64) float dw[kMaxHeadDim] = {}, db[kMaxHeadDim] = {};
     RowSums along, total;
     for (int64_t r = 0; r < count; ++r) {
-      const float* g = block + r * kMaxHeadDim;
-      const float mean = stats.mean[r], inverse = stats.inverse[r];
+      const float* g = before + r * kStagedStride;
+      const float* row = staged.x + r * kStagedStride;
+      const float mean = staged.mean[r], inverse = staged.inverse[r];
       vf dot = {}, sum = {};
       visit_vectors(d, [&](int64_t j, vi fresh) __attribute__((always_inline)) {
         const vf dy = keep(load(g + j), fresh);
-        const vf s = keep((Rows::at(source, first + r, j) - mean) * inverse, fresh);
+        const vf s = keep((load(row + j) - mean) * inverse, fresh);
         const vf ds = keep(dy * load(weight + j), fresh);
         dot += ds * s;
         sum += ds;
@@ -419,12 +451,13 @@ static void norm_rows_backward(const float* grad, int64_t ld, const SourceRows<k
     store(slope, RowSums::total(along) * each);
     if (norm.kind == HeadNorm::layer) store(shift, RowSums::total(total) * each);
     for (int64_t r = 0; r < count; ++r) {
-      const float* g = block + r * kMaxHeadDim;
+      const float* g = before + r * kStagedStride;
+      const float* row = staged.x + r * kStagedStride;
       float* to = out + (first + r) * ld_out;
-      const float mean = stats.mean[r], inverse = stats.inverse[r];
+      const float mean = staged.mean[r], inverse = staged.inverse[r];
       const float along_s = slope[r], along_one = shift[r];
       visit_vectors(d, [&](int64_t j, vi) __attribute__((always_inline)) {
-        const vf s = (Rows::at(source, first + r, j) - mean) * inverse;
+        const vf s = (load(row + j) - mean) * inverse;
         store(to + j, inverse * (load(g + j) * load(weight + j) - s * along_s - along_one));
       });
     }
@@ -471,9 +504,6 @@ static inline void prepare_rows_backward(const float* grad, int64_t ld, const ch
                                          float* out, int64_t ld_out, float* weight_grad,
                                          float* bias_grad) {
   const RowRope rope{cos, sin, cos ? half : 0, interleaved};
-  const auto run = [&]<DType kType>(SourceRows<kType> x) {
-    norm_rows_backward(grad, ld, x, rows, norm, head, rope, out, ld_out, weight_grad, bias_grad);
-  };
   if (d < kLanes) {
     for (int64_t r = 0; r < rows; ++r) {
       prepare_tiny_row_backward(grad + r * ld, src + r * row_stride * element_size(dtype), dtype, d,
@@ -481,12 +511,9 @@ static inline void prepare_rows_backward(const float* grad, int64_t ld, const ch
     }
   } else if (norm.kind == HeadNorm::none) {
     if (rope.half || out != grad) rotate_rows_back(grad, ld, rows, d, rope, 0, out, ld_out);
-  } else if (dtype == DType::f32) {
-    run(SourceRows<DType::f32>{src, row_stride, d});
-  } else if (dtype == DType::bf16) {
-    run(SourceRows<DType::bf16>{src, row_stride, d});
   } else {
-    run(SourceRows<DType::f16>{src, row_stride, d});
+    norm_rows_backward(grad, ld, src, row_stride, dtype, rows, d, norm, head, rope, out, ld_out,
+                       weight_grad, bias_grad);
   }
 }
 

@@ -339,10 +339,6 @@ class Call {
 
   bool empty() const { return segments_.empty(); }
 
-  Tensor scratch(const AttentionGrads* grads) const {
-    return take_workspace({cpu::attention_scratch_bytes(in, grads)}, at::kByte);
-  }
-
  private:
   void use_mask(const Tensor& mask) {
     mask_ = four_dims(mask);
@@ -514,7 +510,7 @@ Tensor empty_lse(const Args& a) {
     lse.fill_(-std::numeric_limits<float>::infinity());
   }
   if (call.empty()) return {out, lse};
-  const Tensor scratch = call.scratch(nullptr);
+  const Tensor scratch = take_workspace({cpu::attention_scratch_bytes(call.in)}, at::kByte);
   cpu::attention_fwd(call.in, output(out), lse.mutable_data_ptr<float>(),
                      scratch.mutable_data_ptr());
   return {out, lse};
@@ -606,7 +602,8 @@ void check_saved(const Args& a, const Tensor& grad, const OptionalTensor& grad_l
   if (!call.empty()) {
     const Tensor g = rows_contiguous(grad), o = rows_contiguous(out), l = lse.contiguous();
     const Tensor gl = grad_lse ? grad_lse->contiguous() : Tensor();
-    const Tensor scratch = call.scratch(&grads);
+    const Tensor scratch =
+        take_workspace({cpu::attention_bwd_scratch_bytes(call.in, grads)}, at::kByte);
     cpu::attention_bwd(call.in, input(g), gl.defined() ? gl.const_data_ptr<float>() : nullptr,
                        input(o), l.const_data_ptr<float>(), grads, scratch.mutable_data_ptr());
   }
