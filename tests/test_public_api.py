@@ -15,16 +15,29 @@ import pytest
 
 import vlm_kernels
 from vlm_kernels import _load, nn
+from vlm_kernels.ops import attention as attention_ops
 
 PUBLIC = [
     "__version__",
+    "attention",
+    "attention_varlen",
+    "causal_lower_right",
     "clip_loss",
     "collect_env",
     "empty_cache",
     "explain",
+    "image_blocks",
+    "mrope",
     "nn",
+    "per_image_cross_attention",
+    "prefix_lm",
+    "rope_1d",
+    "rope_2d",
     "siglip_loss",
+    "sliding_window",
 ]
+# What only attention's own module has: names that say little without it.
+BUILDERS = {"causal", "from_cu_seqlens", "grid_positions", "intersect", "padding", "to_mask"}
 REQUIRED = inspect.Parameter.empty
 CONTRASTIVE = [
     ("image_features", REQUIRED),
@@ -32,6 +45,7 @@ CONTRASTIVE = [
     ("logit_scale", REQUIRED),
     ("logit_bias", None),
 ]
+PROJECTED = [("query", REQUIRED), ("key", REQUIRED), ("value", REQUIRED)]
 SIGNATURES: list[tuple[Callable[..., Any], list[tuple[str, Any]], list[tuple[str, Any]]]] = [
     (
         vlm_kernels.clip_loss,
@@ -66,6 +80,56 @@ SIGNATURES: list[tuple[Callable[..., Any], list[tuple[str, Any]], list[tuple[str
         ],
     ),
     (
+        vlm_kernels.attention,
+        [*PROJECTED, ("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False)],
+        [
+            ("scale", None),
+            ("enable_gqa", False),
+            ("window", None),
+            ("kv_range", None),
+            ("softcap", 0.0),
+            ("rope", None),
+            ("q_norm", None),
+            ("k_norm", None),
+            ("return_lse", False),
+            ("backend", "auto"),
+        ],
+    ),
+    (
+        vlm_kernels.attention_varlen,
+        [*PROJECTED, ("cu_seqlens_q", REQUIRED), ("cu_seqlens_k", REQUIRED)],
+        [
+            ("is_causal", False),
+            ("scale", None),
+            ("window", None),
+            ("softcap", 0.0),
+            ("rope", None),
+            ("q_norm", None),
+            ("k_norm", None),
+            ("return_lse", False),
+            ("backend", "auto"),
+        ],
+    ),
+    (
+        nn.Attention,
+        [("dim", REQUIRED), ("num_heads", 8)],
+        [
+            ("num_kv_heads", None),
+            ("head_dim", None),
+            ("qkv_bias", False),
+            ("qk_norm", None),
+            ("norm_eps", 1e-6),
+            ("proj_bias", True),
+            ("is_causal", False),
+            ("backend", "auto"),
+        ],
+    ),
+    (
+        nn.Attention.forward,
+        [("self", REQUIRED), ("x", REQUIRED), ("context", None), ("attn_mask", None)],
+        [("window", None), ("kv_range", None), ("rope", None)],
+    ),
+    (
         nn.ClipLoss,
         [
             ("local_loss", False),
@@ -93,10 +157,22 @@ SIGNATURES: list[tuple[Callable[..., Any], list[tuple[str, Any]], list[tuple[str
 
 def test_names() -> None:
     assert sorted(vlm_kernels.__all__) == PUBLIC
-    assert sorted(nn.__all__) == ["ClipLoss", "SigLipLoss"]
-    for module in (vlm_kernels, nn):
+    assert sorted(nn.__all__) == ["Attention", "ClipLoss", "SigLipLoss"]
+    for module in (vlm_kernels, nn, attention_ops):
         for name in module.__all__:
             assert hasattr(module, name), name
+
+
+def test_attention_and_its_builders_stand_together() -> None:
+    """Those with a name that speaks for itself are in the package too, as the same function."""
+    own = set(attention_ops.__all__)
+    assert own >= BUILDERS
+    shared = own & set(PUBLIC)
+    assert own - shared == BUILDERS
+    for name in shared:
+        assert getattr(vlm_kernels, name) is getattr(attention_ops, name)
+    for name in own:
+        assert inspect.getdoc(getattr(attention_ops, name)), name
 
 
 @pytest.mark.parametrize(

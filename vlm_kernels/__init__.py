@@ -1,6 +1,9 @@
-"""Fused kernels for vision-language models: contrastive losses over large batches.
+"""Fused kernels for vision-language models: attention, and contrastive losses over large batches.
 
-`clip_loss` and `siglip_loss` are plain functions, `nn.ClipLoss` and `nn.SigLipLoss` the modules
+`attention` has the call of torch's scaled_dot_product_attention, `attention_varlen` takes packed
+sequences; the masks and rotary tables for them come from `causal_lower_right`, `prefix_lm`,
+`rope_2d` and others, all in `vlm_kernels.ops.attention`. `clip_loss` and `siglip_loss` are plain
+functions too. `nn` has the modules: `Attention` with timm's parameters, `ClipLoss` and `SigLipLoss`
 with open_clip's constructors. `explain` says which backend runs a call and why the others cannot;
 `python -m vlm_kernels doctor` says what is wrong with an installation and what mends it.
 """
@@ -12,19 +15,38 @@ from typing import Any
 from . import _backends, _load, nn
 from ._version import __version__
 from .collect_env import collect_env
-from .ops.attention import attention, attention_varlen
+from .ops.attention import (
+    attention,
+    attention_varlen,
+    causal_lower_right,
+    image_blocks,
+    mrope,
+    per_image_cross_attention,
+    prefix_lm,
+    rope_1d,
+    rope_2d,
+    sliding_window,
+)
 from .ops.contrastive import clip_loss, siglip_loss
 
 __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "causal_lower_right",
     "clip_loss",
     "collect_env",
     "empty_cache",
     "explain",
+    "image_blocks",
+    "mrope",
     "nn",
+    "per_image_cross_attention",
+    "prefix_lm",
+    "rope_1d",
+    "rope_2d",
     "siglip_loss",
+    "sliding_window",
 ]
 
 

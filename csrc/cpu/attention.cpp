@@ -79,6 +79,7 @@ struct Buffers {
   uint32_t* keys;    // K^T (blocks, words, lds)
   uint32_t* values;  // V (keys / per word, ldv)
   T* query;          // Q (rows, round_up(D, 16))
+  T* prepared;       // K (key block, round_up(D, 16)), normalised and rotated
   float* s;          // S, then P (rows, lds)
   float* out;        // O (rows, ldv)
   float* max;        // (rows), in the units of the exponent
@@ -103,6 +104,8 @@ int64_t carve_thread(const AttentionInputs& in, const Plan& p, char* base, Buffe
   buffers.keys = arena.take<uint32_t>(blocks * p.words * p.lds);
   buffers.values = arena.take<uint32_t>((round_up(p.split_keys, 16) + 32) / kPerWord<T> * p.ldv);
   buffers.query = arena.take<T>(p.rows * round_up(in.head_dim, 16));
+  const bool prepares = in.key_norm.kind != HeadNorm::none || in.rope.cos;
+  buffers.prepared = arena.take<T>(prepares ? p.key_block * round_up(in.head_dim, 16) : 0);
   buffers.s = arena.take<float>(p.rows * p.lds);
   buffers.out = arena.take<float>(p.rows * p.ldv);
   buffers.max = arena.take<float>(p.rows);
@@ -136,6 +139,7 @@ class Forward {
         out_(out),
         lse_(lse),
         plan_(make_plan<T>(in)),
+        ldq_(round_up(in.head_dim, 16)),
         gemm_{sizeof(T) == 2 || brgemm_runs_f32()},
         transformed_(in.mask.kind != AttentionMask::none || in.softcap > 0.f),
         exponent_(__builtin_fabsf(in.scale) * kLog2e),
@@ -231,9 +235,15 @@ class Forward {
     for (int64_t block = 0; block * plan_.key_block < keys.length(); ++block) {
       const int64_t begin = keys.begin + block * plan_.key_block;
       const int64_t count = min(plan_.key_block, keys.end - begin);
-      pack_as_columns<T>(head_rows(in_.key, in_.dtype, segment, kv_head, segment.key_begin + begin,
-                                   count, in_.head_dim),
-                         in_.dtype, in_.scale < 0.f, b.keys + block * plan_.words * plan_.lds,
+      const SourceHead source = SourceHead::keys(in_, segment, kv_head, begin, count);
+      MatrixRef rows = source.rows;
+      DType dtype = in_.dtype;
+      if (!source.as_they_are()) {
+        source.prepare(b.prepared, ldq_);
+        rows = {b.prepared, count, in_.head_dim, ldq_};
+        dtype = kDType<T>;
+      }
+      pack_as_columns<T>(rows, dtype, in_.scale < 0.f, b.keys + block * plan_.words * plan_.lds,
                          plan_.lds);
     }
     pack_as_rows<T>(head_rows(in_.value, in_.dtype, segment, kv_head,
@@ -242,12 +252,10 @@ class Forward {
   }
 
   void pack_queries(const QueryRows& rows, const QueryTile& tile, const Buffers<T>& b) {
-    const int64_t ld = round_up(in_.head_dim, 16);
     for (int64_t r = tile.begin; r < tile.end;) {
       const int64_t count = min(tile.end - r, rows.segment.queries - rows.query(r));
-      pack_rows<T>(head_rows(in_.query, in_.dtype, rows.segment, rows.head(r),
-                             rows.segment.query_begin + rows.query(r), count, in_.head_dim),
-                   in_.dtype, 0, count, b.query + (r - tile.begin) * ld, ld);
+      SourceHead::queries(in_, rows.segment, rows.head(r), rows.query(r), count)
+          .prepare(b.query + (r - tile.begin) * ldq_, ldq_);
       r += count;
     }
   }
@@ -288,7 +296,7 @@ class Forward {
       const int64_t start = block * plan_.key_block;
       const Interval part = keys.within({start, start + plan_.key_block});
       const int64_t columns = round_up(part.length(), 16);
-      multiply<T>(gemm_, count, columns, plan_.depth, b.query, round_up(in_.head_dim, 16),
+      multiply<T>(gemm_, count, columns, plan_.depth, b.query, ldq_,
                   b.keys + block * plan_.words * plan_.lds + part.begin - start, plan_.lds, b.s,
                   plan_.lds, false);
       // One length of row for many tiles, so that brgemm need not be compiled for each.
@@ -463,6 +471,7 @@ class Forward {
   const MutableHeadsRef& out_;
   float* lse_;
   const Plan plan_;
+  const int64_t ldq_;
   const Gemm gemm_;
   const bool transformed_;  // S is more than a product: see transform()
   const float exponent_;    // from a product to an exponent of 2

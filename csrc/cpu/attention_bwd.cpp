@@ -82,6 +82,7 @@ struct Buffers {
   float *s, *dp;                     // S^T, then P^T; dP^T, then dS^T: (key block, lds)
   uint32_t* ds;                      // dS^T in row pairs (key block / 2, lds), where T is bf16
   float* mask;                       // mask^T, then its gradient^T (key block, lds)
+  T* prepared;                       // Q (queries, ldk), normalised and rotated
   float* rows;                       // (max(16, key block), max(ldk, ldv))
 };
 
@@ -89,6 +90,9 @@ struct Scratch {
   int32_t* order;     // (segments)
   int64_t* first;     // (segments): row of a segment's results
   float* query_grad;  // (splits, total_rows, ldk)
+  // Gradients of weight and bias of the norms: (segments x heads, 2, ldk), and of the keys'
+  // (segments x key heads x splits, 2, ldk).
+  float *query_norm, *key_norm;
   char* threads;
   int64_t thread_bytes;
 };
@@ -120,6 +124,8 @@ int64_t carve_thread(const AttentionInputs& in, const Plan& p, char* base, Buffe
   x.ds = arena.take<uint32_t>(sizeof(T) == 2 ? ceil_div(p.key_block, 2) * p.lds : 0);
   x.mask = arena.take<float>(in.mask.kind != AttentionMask::none ? p.key_block * p.lds : 0);
   x.rows = arena.take<float>(max(16, p.key_block) * max(p.ldk, p.ldv));
+  const bool prepares = in.query_norm.kind != HeadNorm::none || in.rope.cos;
+  x.prepared = arena.take<T>(prepares ? queries * p.ldk : 0);
   if (b) *b = x;
   return arena.used;
 }
@@ -132,6 +138,12 @@ int64_t carve(const AttentionInputs& in, const Plan& p, char* base, Scratch* s) 
   if (p.splits > 1) {
     x.first = arena.take<int64_t>(in.segment_count);
     x.query_grad = arena.take<float>(p.splits * p.total_rows * p.ldk);
+  }
+  if (in.query_norm.kind != HeadNorm::none) {
+    x.query_norm = arena.take<float>(in.segment_count * in.heads * 2 * p.ldk);
+  }
+  if (in.key_norm.kind != HeadNorm::none) {
+    x.key_norm = arena.take<float>(in.segment_count * in.kv_heads * p.splits * 2 * p.ldk);
   }
   x.thread_bytes = round_up(carve_thread<T>(in, p, nullptr, nullptr), 4096) + 64;
   x.threads = arena.take<char>(x.thread_bytes * num_threads());
@@ -152,6 +164,8 @@ class Backward {
         grads_(grads),
         plan_(make_plan<T>(in, grads)),
         gemm_{sizeof(T) == 2 || brgemm_runs_f32()},
+        need_query_(grads.query.data || grads.query_norm_weight || grads.query_norm_bias),
+        need_key_(grads.key.data || grads.key_norm_weight || grads.key_norm_bias),
         transformed_(in.mask.kind != AttentionMask::none || in.softcap > 0.f),
         ranged_(false),
         exponent_(__builtin_fabsf(in.scale) * kLog2e) {
@@ -168,6 +182,11 @@ class Backward {
       row += in_.heads * in_.segments[i].queries;
     }
     const int64_t heads = in_.segment_count * in_.kv_heads;
+    const int64_t norm = 2 * plan_.ldk * static_cast<int64_t>(sizeof(float));
+    if (scratch_.query_norm) {
+      std::memset(scratch_.query_norm, 0, in_.segment_count * in_.heads * norm);
+    }
+    if (scratch_.key_norm) std::memset(scratch_.key_norm, 0, heads * plan_.splits * norm);
     const auto unit = [&](int64_t head, int64_t split, int thread) {
       const int64_t rank = head / in_.kv_heads;
       const int64_t segment = scratch_.order ? scratch_.order[rank] : rank;
@@ -183,10 +202,14 @@ class Backward {
         unit(i / plan_.splits, i % plan_.splits, thread);
       });
     }
-    if (plan_.splits > 1 && grads_.query.data) {
+    if (plan_.splits > 1 && need_query_) {
       parallel_for(in_.segment_count * in_.heads,
                    [&](int64_t i, int) { add_query_grads(i / in_.heads, i % in_.heads); });
     }
+    add_norm_grads(in_.query_norm, in_.heads, 1, scratch_.query_norm, grads_.query_norm_weight,
+                   grads_.query_norm_bias);
+    add_norm_grads(in_.key_norm, in_.kv_heads, plan_.splits, scratch_.key_norm,
+                   grads_.key_norm_weight, grads_.key_norm_bias);
   }
 
  private:
@@ -217,23 +240,22 @@ class Backward {
         float* key_grad = b.key_grad + at * plan_.ldk;
         float* value_grad = b.value_grad + at * plan_.ldv;
         key_block(segment, head, keys, own.begin, g > 0, key_grad, value_grad, b);
-        if (g == group() - 1) write_keys(segment, kv_head, keys, key_grad, value_grad, b);
+        if (g == group() - 1) write_keys(index, kv_head, split, keys, key_grad, value_grad);
       }
-      if (grads_.query.data) write_queries(index, head, split, b);
+      if (need_query_) write_queries(index, head, split, b);
     }
   }
 
   void load_keys(const AttentionSegment& segment, int64_t kv_head, Interval own,
                  const Buffers<T>& b) {
-    const int64_t begin = segment.key_begin + own.begin, count = own.length();
-    const MatrixRef key =
-        head_rows(in_.key, in_.dtype, segment, kv_head, begin, count, in_.head_dim);
-    const MatrixRef value =
-        head_rows(in_.value, in_.dtype, segment, kv_head, begin, count, in_.value_dim);
-    pack_rows<T>(key, in_.dtype, 0, count, b.key, plan_.ldk);
-    pack_rows<T>(value, in_.dtype, 0, count, b.value, plan_.ldv);
-    if (grads_.query.data) {
-      pack_transposed<T>(key, in_.dtype, 0, count, b.key_columns, plan_.ldt);
+    const int64_t count = own.length();
+    SourceHead::keys(in_, segment, kv_head, own.begin, count).prepare(b.key, plan_.ldk);
+    pack_rows<T>(head_rows(in_.value, in_.dtype, segment, kv_head, segment.key_begin + own.begin,
+                           count, in_.value_dim),
+                 in_.dtype, 0, count, b.value, plan_.ldv);
+    if (need_query_) {
+      pack_transposed<T>({b.key, count, in_.head_dim, plan_.ldk}, kDType<T>, 0, count,
+                         b.key_columns, plan_.ldt);
     }
   }
 
@@ -241,23 +263,29 @@ class Backward {
   // Queries that see nothing, and the padding after the last: P = 0.
   void load_queries(const AttentionSegment& segment, int64_t head, const Buffers<T>& b) {
     const int64_t count = segment.queries, padded = round_up(count, 16) + 16;
-    const MatrixRef query =
-        head_rows(in_.query, in_.dtype, segment, head, segment.query_begin, count, in_.head_dim);
+    const SourceHead source = SourceHead::queries(in_, segment, head, 0, count);
+    MatrixRef query = source.rows;
+    DType dtype = in_.dtype;
+    if (!source.as_they_are()) {
+      source.prepare(b.prepared, plan_.ldk);
+      query = {b.prepared, count, in_.head_dim, plan_.ldk};
+      dtype = kDType<T>;
+    }
     const MatrixRef grad =
         head_rows(grad_, in_.dtype, segment, head, segment.query_begin, count, in_.value_dim);
     const MatrixRef out =
         head_rows(out_, in_.dtype, segment, head, segment.query_begin, count, in_.value_dim);
     for (int64_t t = 0; tile_begin(t) < count; ++t) {
       const int64_t begin = tile_begin(t), rows = min(plan_.tile, count - begin);
-      const auto part = [&](const MatrixRef& x) {
-        return MatrixRef{row_ptr(x, in_.dtype, begin), rows, x.cols, x.stride};
+      const auto part = [&](const MatrixRef& x, DType type) {
+        return MatrixRef{row_ptr(x, type, begin), rows, x.cols, x.stride};
       };
-      pack_as_columns<T>(part(query), in_.dtype, in_.scale < 0.f,
+      pack_as_columns<T>(part(query, dtype), dtype, in_.scale < 0.f,
                          b.query + t * plan_.key_words * plan_.lds, plan_.lds);
-      pack_as_columns<T>(part(grad), in_.dtype, false, b.grad + t * plan_.value_words * plan_.lds,
-                         plan_.lds);
+      pack_as_columns<T>(part(grad, in_.dtype), in_.dtype, false,
+                         b.grad + t * plan_.value_words * plan_.lds, plan_.lds);
     }
-    if (grads_.key.data) pack_as_rows<T>(query, in_.dtype, padded, b.query_rows, plan_.ldk);
+    if (need_key_) pack_as_rows<T>(query, dtype, padded, b.query_rows, plan_.ldk);
     if (grads_.value.data) pack_as_rows<T>(grad, in_.dtype, padded, b.grad_rows, plan_.ldv);
     const int64_t row =
         segment.batch * in_.lse_batch_stride + head * in_.lse_head_stride + segment.query_begin;
@@ -281,7 +309,7 @@ class Backward {
         b.last[q] = range[1];
       }
     }
-    if (grads_.query.data) {
+    if (need_query_) {
       std::memset(b.query_grad, 0,
                   ceil_div(count, plan_.tile) * in_.head_dim * plan_.lds * sizeof(float));
     }
@@ -355,12 +383,12 @@ class Backward {
                     plan_.lds * kPerWord<T>, b.grad_rows + queries.begin / kPerWord<T> * plan_.ldv,
                     plan_.ldv, value_grad, plan_.ldv, accumulate);
       }
-      if (grads_.key.data) {
+      if (need_key_) {
         multiply<T>(gemm_, rows, in_.head_dim, depth, reinterpret_cast<const T*>(b.dp),
                     plan_.lds * kPerWord<T>, b.query_rows + queries.begin / kPerWord<T> * plan_.ldk,
                     plan_.ldk, key_grad, plan_.ldk, accumulate);
       }
-      if (grads_.query.data) {
+      if (need_query_) {
         const uint32_t* ds = sizeof(T) == 2 ? b.ds : reinterpret_cast<const uint32_t*>(b.dp);
         gemm_({in_.head_dim, padded, round_up(rows, kPerWord<T>), plan_.ldt, plan_.lds, plan_.lds,
                true},
@@ -485,16 +513,59 @@ class Backward {
     }
   }
 
-  void write_keys(const AttentionSegment& segment, int64_t kv_head, Interval keys,
-                  const float* key_grad, const float* value_grad, const Buffers<T>&) {
+  void write_keys(int64_t index, int64_t kv_head, int64_t split, Interval keys, float* key_grad,
+                  const float* value_grad) {
+    const AttentionSegment& segment = in_.segments[index];
     const int64_t begin = segment.key_begin + keys.begin, count = keys.length();
-    if (grads_.key.data) {
-      write_rows(key_grad, plan_.ldk, in_.scale,
-                 head_rows(grads_.key, in_.dtype, segment, kv_head, begin, count, in_.head_dim));
+    if (need_key_) {
+      float* norm = scratch_.key_norm;
+      if (norm) norm += ((index * in_.kv_heads + kv_head) * plan_.splits + split) * 2 * plan_.ldk;
+      write_source(SourceHead::keys(in_, segment, kv_head, keys.begin, count), key_grad, norm,
+                   head_rows(grads_.key, in_.dtype, segment, kv_head, begin, count, in_.head_dim));
     }
     if (grads_.value.data) {
       write_rows(value_grad, plan_.ldv, 1.f,
                  head_rows(grads_.value, in_.dtype, segment, kv_head, begin, count, in_.value_dim));
+    }
+  }
+
+  // Gradients of prepared rows, (rows, ldk), still without the scale, to those of their source.
+  void write_source(const SourceHead& source, float* grad, float* norm,
+                    const MutableMatrixRef& to) {
+    float factor = in_.scale;
+    if (!source.as_they_are()) {
+      for (int64_t i = 0; i < to.rows * plan_.ldk; i += kLanes) {
+        store(grad + i, load(grad + i) * factor);
+      }
+      factor = 1.f;
+      source.prepare_backward(grad, plan_.ldk, norm, norm ? norm + plan_.ldk : nullptr);
+    }
+    if (to.data) write_rows(grad, plan_.ldk, factor, to);
+  }
+
+  void write_query_source(int64_t index, int64_t head, Interval queries, float* grad) {
+    const AttentionSegment& segment = in_.segments[index];
+    float* norm = scratch_.query_norm;
+    if (norm) norm += (index * in_.heads + head) * 2 * plan_.ldk;
+    write_source(SourceHead::queries(in_, segment, head, queries.begin, queries.length()), grad,
+                 norm,
+                 head_rows(grads_.query, in_.dtype, segment, head,
+                           segment.query_begin + queries.begin, queries.length(), in_.head_dim));
+  }
+
+  // Sums the parts of all segments, in order, over the heads that share a weight.
+  void add_norm_grads(const HeadNorm& norm, int64_t heads, int64_t splits, const float* parts,
+                      float* weight, float* bias) {
+    if (norm.kind == HeadNorm::none) return;
+    float* const grads[] = {weight, bias};
+    for (float* to : grads) {
+      if (!to) continue;
+      std::memset(to, 0, (norm.head_stride ? heads : 1) * in_.head_dim * sizeof(float));
+      for (int64_t i = 0; i < in_.segment_count * heads * splits; ++i) {
+        const float* from = parts + i * 2 * plan_.ldk + (to == bias ? plan_.ldk : 0);
+        float* sum = to + i / splits % heads * norm.head_stride;
+        for (int64_t d = 0; d < in_.head_dim; ++d) sum[d] += from[d];
+      }
     }
   }
 
@@ -533,9 +604,7 @@ class Backward {
           float* to = split_rows(index, head, split) + q * plan_.ldk;
           std::memcpy(to, b.rows, count * plan_.ldk * sizeof(float));
         } else {
-          write_rows(b.rows, plan_.ldk, in_.scale,
-                     head_rows(grads_.query, in_.dtype, segment, head, segment.query_begin + q,
-                               count, in_.head_dim));
+          write_query_source(index, head, {q, q + count}, b.rows);
         }
       }
     }
@@ -550,7 +619,7 @@ class Backward {
 
   // A part without keys, or a segment without any.
   void no_keys(int64_t index, int64_t kv_head, int64_t split) {
-    if (!grads_.query.data) return;
+    if (!need_query_) return;
     const AttentionSegment& segment = in_.segments[index];
     for (int64_t g = 0; g < group(); ++g) {
       const int64_t head = kv_head * group() + g;
@@ -558,6 +627,7 @@ class Backward {
         std::memset(split_rows(index, head, split), 0, segment.queries * plan_.ldk * sizeof(float));
         continue;
       }
+      if (!grads_.query.data) continue;
       const MutableMatrixRef to = head_rows(grads_.query, in_.dtype, segment, head,
                                             segment.query_begin, segment.queries, in_.head_dim);
       for (int64_t r = 0; r < to.rows; ++r) {
@@ -576,9 +646,7 @@ class Backward {
         store(sum + j, load(sum + j) + load(part + j));
       }
     }
-    write_rows(sum, plan_.ldk, in_.scale,
-               head_rows(grads_.query, in_.dtype, segment, head, segment.query_begin,
-                         segment.queries, in_.head_dim));
+    write_query_source(index, head, {0, segment.queries}, sum);
   }
 
   const AttentionInputs& in_;
@@ -589,6 +657,7 @@ class Backward {
   const AttentionGrads& grads_;
   const Plan plan_;
   const Gemm gemm_;
+  const bool need_query_, need_key_;
   const bool transformed_;  // S is more than a product: softcap or mask
   bool ranged_;             // some query does not see all keys
   const float exponent_;    // from a product to an exponent of 2

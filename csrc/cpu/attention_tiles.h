@@ -4,6 +4,7 @@
 // T is the type the products run in (pack.h). A word is one float or a pair of bf16.
 #pragma once
 
+#include "cpu/attention_rows.h"
 #include "cpu/matmul.h"
 #include "cpu/pack.h"
 #include "vlm/attention.h"
@@ -127,7 +128,7 @@ struct Prefetch {
   }
 };
 
-// The rows of one head of a segment.
+// The rows of one head of a segment, as they lie in memory.
 inline MatrixRef head_rows(const HeadsRef& x, DType dtype, const AttentionSegment& segment,
                            int64_t head, int64_t begin, int64_t rows, int64_t dim) {
   const int64_t offset =
@@ -140,8 +141,57 @@ inline MutableMatrixRef head_rows(const MutableHeadsRef& x, DType dtype,
                                   int64_t rows, int64_t dim) {
   const MatrixRef view = head_rows(HeadsRef{x.data, x.batch_stride, x.head_stride, x.row_stride},
                                    dtype, segment, head, begin, rows, dim);
-  return {const_cast<void*>(view.data), rows, dim, view.stride};
+  return {x.data ? const_cast<void*>(view.data) : nullptr, rows, dim, view.stride};
 }
+
+// The rows of one head, which are normalised and rotated before the products see them.
+struct SourceHead {
+  const AttentionInputs& in;
+  const HeadNorm& norm;
+  int64_t head;
+  MatrixRef rows;
+  int64_t rope_row;  // of the first row
+
+  static SourceHead queries(const AttentionInputs& in, const AttentionSegment& s, int64_t head,
+                            int64_t begin, int64_t count) {
+    return {in, in.query_norm, head,
+            head_rows(in.query, in.dtype, s, head, s.query_begin + begin, count, in.head_dim),
+            rope_row_of(in, s, begin + s.keys - s.queries)};
+  }
+  static SourceHead keys(const AttentionInputs& in, const AttentionSegment& s, int64_t head,
+                         int64_t begin, int64_t count) {
+    return {in, in.key_norm, head,
+            head_rows(in.key, in.dtype, s, head, s.key_begin + begin, count, in.head_dim),
+            rope_row_of(in, s, begin)};
+  }
+  static int64_t rope_row_of(const AttentionInputs& in, const AttentionSegment& s, int64_t row) {
+    return s.batch * in.rope.batch_stride / (in.rope.half > 0 ? in.rope.half : 1) + s.key_begin +
+           row;
+  }
+
+  bool as_they_are() const { return norm.kind == HeadNorm::none && !in.rope.cos; }
+  const float* table(const float* x) const { return x ? x + rope_row * in.rope.half : nullptr; }
+  const char* data() const { return static_cast<const char*>(rows.data); }
+
+  // Writes them to dst (rows, ld), zero beyond column D, in T.
+  template <class T>
+  void prepare(T* dst, int64_t ld) const {
+    if (as_they_are()) return pack_rows<T>(rows, in.dtype, 0, rows.rows, dst, ld);
+    prepare_rows<T>(data(), rows.stride, in.dtype, rows.rows, rows.cols, norm, head,
+                    table(in.rope.cos), table(in.rope.sin), in.rope.half, in.rope.interleaved, dst,
+                    ld);
+  }
+  // From the gradient of the prepared rows (rows, ld) to that of the source, in place.
+  void prepare_backward(float* grad, int64_t ld, float* weight, float* bias) const {
+    if (as_they_are()) return;
+    prepare_rows_backward(grad, ld, data(), rows.stride, in.dtype, rows.rows, rows.cols, norm, head,
+                          table(in.rope.cos), table(in.rope.sin), in.rope.half, in.rope.interleaved,
+                          grad, ld, weight, bias);
+  }
+};
+
+template <class T>
+constexpr DType kDType = sizeof(T) == 4 ? DType::f32 : DType::bf16;
 
 // Half-open.
 struct Interval {

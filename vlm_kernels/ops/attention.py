@@ -1,4 +1,9 @@
-"""attention and attention_varlen: softmax attention that never holds the queries x keys matrix."""
+"""attention and attention_varlen: softmax attention that never holds the queries x keys matrix.
+
+With them the builders of their arguments: `kv_range` (causal, causal_lower_right, sliding_window,
+prefix_lm, image_blocks, per_image_cross_attention, padding, from_cu_seqlens, and intersect of
+several), and the tables of `rope` (rope_1d, rope_2d, mrope).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,38 @@ from torch import Tensor
 
 from .. import _backends, reference
 from .._load import _C, warn_once
+from ._kv_range import (
+    causal,
+    causal_lower_right,
+    from_cu_seqlens,
+    image_blocks,
+    intersect,
+    padding,
+    per_image_cross_attention,
+    prefix_lm,
+    sliding_window,
+    to_mask,
+)
+from ._rope import grid_positions, mrope, rope_1d, rope_2d
+
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "causal",
+    "causal_lower_right",
+    "from_cu_seqlens",
+    "grid_positions",
+    "image_blocks",
+    "intersect",
+    "mrope",
+    "padding",
+    "per_image_cross_attention",
+    "prefix_lm",
+    "rope_1d",
+    "rope_2d",
+    "sliding_window",
+    "to_mask",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STYLES = ("half", "interleaved")
@@ -66,7 +103,7 @@ def attention(
         window: (left, right): query i sees the keys i - left to i + right, both included; -1 is no
             limit.
         kv_range: (1 or B, 1 or H, Nq, 2) int32: query i sees the keys begin <= j < end, clamped to
-            the keys there are. Constant. Builders of it stand beside this function.
+            the keys there are. Constant. Its builders stand in `vlm_kernels.ops.attention`.
         softcap: above 0, s -> softcap * tanh(s / softcap) of the scaled product, before the mask
             (Gemma 2, arXiv:2408.00118).
         rope: (cos, sin) or (cos, sin, "half" | "interleaved"), fp32 (Nk, R/2) or (1 or B, Nk, R/2),

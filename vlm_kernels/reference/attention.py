@@ -65,7 +65,7 @@ def attention(
     with _no_autocast(query):
         s = _scores(query, key, scale, softcap, rope, q_norm, k_norm)
         out, lse = _softmax_times_value(_masked(s, attn_mask, visible), value)
-    if query.transpose(1, 2).is_contiguous():
+    if query.stride(1) < query.stride(2):  # (B, N, H, D) data
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return (out, lse) if return_lse else out
 
@@ -99,7 +99,8 @@ def attention_varlen(
     Returns:
         (Tq, H, Dv); with `return_lse` a tuple with (H, Tq). Rows of no segment have 0 and -inf.
     """
-    queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    # An empty one first: results have a graph also where there is no segment at all.
+    queries, keys = [0, *cu_seqlens_q.tolist()], [0, *cu_seqlens_k.tolist()]
     outs, lses = [], []
     for i in range(len(queries) - 1):
         q = query[queries[i] : queries[i + 1]].transpose(0, 1)[None]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference.attention import _masked, _rows, _visible
-from ..tolerances import SEEDS
+from ..tolerances import SEEDS, TABLE
 from .contrastive import product_in_order
 
 
@@ -63,13 +63,17 @@ class _Flash(torch.autograd.Function):
 class _Terms(torch.autograd.Function):
     """softmax(s) v, but for the gradient P (dP - sum P dP + dlse) of the scores, which is 0 where a
     query sees one key, and whose sums over keys are 0: in its place comes one of random signs and
-    the size of its terms. What that becomes on its way back has the size of the terms there."""
+    the size of its terms. What that becomes on its way back has the size of the terms there.
+
+    P is exp(s - lse), and lse of fp32, which the backward gets, is off by up to half an ulp: where
+    it is large, so is that, and gradients of huge logits are no more exact."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         p, lse = _softmax(s)
         out = p @ v
-        ctx.save_for_backward(p, v, out)
+        ulps = lse.abs()[..., None] / 2 / TABLE["bwd"].ulps
+        ctx.save_for_backward(torch.where(p == 0, 0, p * ulps.clamp(min=1)), v, out)
         return out, lse
 
     @staticmethod
@@ -133,7 +137,8 @@ def composed(
         out, lse = softmax_times_value(_masked(s, attn_mask, visible), v)
         if size_of_logits and nk:
             sizes = abs(scale) * q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True)
-            lse = torch.where(lse == -torch.inf, lse, sizes.detach() + 0 * lse)
+            # And 1: an ulp of the sum, or of an exponential, is one of 1 in its logarithm.
+            lse = torch.where(lse == -torch.inf, lse, 1 + sizes.detach() + 0 * lse)
         return out, lse
 
     return attend
@@ -148,6 +153,22 @@ def flash(seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
         formula = composed(
             lambda q, k: _Product.apply(q, k, *rounding), lambda s, v: _Flash.apply(s, v, *rounding)
         )
+        return formula(query, *args, **keywords)
+
+    return attend
+
+
+def low(seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The formula with logits and probabilities in the dtype of the inputs."""
+    largest = 2.0 ** -((seed + 0.5) / SEEDS)
+
+    def attend(query: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        def softmax_times_value(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            p, lse = _softmax(s)
+            p = _rounded(p, query.dtype, largest)
+            return (p @ v).to(query.dtype), lse + p.sum(-1).clamp(min=0.5).log()
+
+        formula = composed(lambda q, k: (q @ k.mT).to(query.dtype).float(), softmax_times_value)
         return formula(query, *args, **keywords)
 
     return attend
@@ -198,9 +219,9 @@ def per_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         out = [query.new_zeros(0, query.shape[1], value.shape[2])]
         lse = [query.new_zeros(query.shape[1], 0, dtype=torch.float32)]
-        bounds = zip(*(c.tolist() for c in (cu_seqlens_q, cu_seqlens_k)), strict=True)
-        begin_q, begin_k = next(bounds)
-        for end_q, end_k in bounds:
+        begin_q = begin_k = 0
+        # Before the first bounds there is an empty segment, which gives no segment at all a graph.
+        for end_q, end_k in zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True):
             q = query[begin_q:end_q].transpose(0, 1)[None]
             k, v = (t[begin_k:end_k].transpose(0, 1)[None] for t in (key, value))
             if rope is not None:
