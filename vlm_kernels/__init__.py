@@ -12,10 +12,13 @@ from typing import Any
 from . import _backends, _load, nn
 from ._version import __version__
 from .collect_env import collect_env
+from .ops.attention import attention, attention_varlen
 from .ops.contrastive import clip_loss, siglip_loss
 
 __all__ = [
     "__version__",
+    "attention",
+    "attention_varlen",
     "clip_loss",
     "collect_env",
     "empty_cache",

@@ -91,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
         "Choose the instruction set of the CPU kernels; ValueError if this CPU lacks it.");
   m.def("cuda_devices", &cuda_devices,
         "{'devices': descriptions, 'error': why CUDA cannot be used, or None}.");
+  vlm::bind_attention(m);
   vlm::bind_contrastive(m);
   vlm::bind_workspace(m);
 }

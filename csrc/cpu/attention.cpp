@@ -17,6 +17,7 @@ namespace vlm::cpu::VLM_ISA {
 namespace {
 
 constexpr int64_t kRows = 128;        // queries of a tile at most
+constexpr int64_t kGroup = 4;         // rows of S whose softmax overlaps
 constexpr int64_t kKeys = 1024;       // keys of a block of S at most
 constexpr int64_t kSplitKeys = 256;   // keys of a part where the keys are split, at least
 constexpr int64_t kEnoughUnits = 32;  // of work for the keys not to be split
@@ -152,9 +153,8 @@ class Forward {
     }
     const int64_t parts = plan_.parts * plan_.splits;
     parallel_for(in_.segment_count * in_.kv_heads * parts, [&](int64_t unit, int thread) {
-      const int64_t rank = unit / (in_.kv_heads * parts);
-      const int64_t segment = scratch_.order ? scratch_.order[rank] : rank;
-      unit_of(segment, unit / parts % in_.kv_heads, unit % parts, thread);
+      Ahead ahead = parts == 1 ? after(unit) : Ahead{};
+      unit_of(segment_of(unit / parts), unit / parts % in_.kv_heads, unit % parts, ahead, thread);
       gemm_.release();
     });
     if (plan_.splits > 1) {
@@ -164,7 +164,37 @@ class Forward {
   }
 
  private:
-  void unit_of(int64_t index, int64_t kv_head, int64_t part, int thread) {
+  // What this thread's next unit will probably read.
+  struct Ahead {
+    Prefetch query, key, value;
+    int64_t at = 0;
+
+    __attribute__((always_inline)) void row() {
+      query.row(at);
+      key.row(at);
+      value.row(at++);
+    }
+  };
+
+  Ahead after(int64_t unit) const {
+    unit += num_threads();
+    if (unit >= in_.segment_count * in_.kv_heads) return {};
+    const AttentionSegment& s = in_.segments[segment_of(unit)];
+    const int64_t head = unit % in_.kv_heads;
+    return {
+        {head_rows(in_.query, in_.dtype, s, head * (in_.heads / in_.kv_heads), s.query_begin,
+                   s.queries, in_.head_dim),
+         in_.dtype},
+        {head_rows(in_.key, in_.dtype, s, head, s.key_begin, s.keys, in_.head_dim), in_.dtype},
+        {head_rows(in_.value, in_.dtype, s, head, s.key_begin, s.keys, in_.value_dim), in_.dtype}};
+  }
+
+  // Of the i-th (segment, key head) in order of work.
+  int64_t segment_of(int64_t i) const {
+    return scratch_.order ? scratch_.order[i / in_.kv_heads] : i / in_.kv_heads;
+  }
+
+  void unit_of(int64_t index, int64_t kv_head, int64_t part, Ahead& ahead, int thread) {
     const AttentionSegment& segment = in_.segments[index];
     const QueryRows rows{in_, segment, kv_head};
     Buffers<T> b;
@@ -186,7 +216,7 @@ class Forward {
     for (int64_t r = 0; r < rows.count(); ++tiles) {
       const QueryTile tile = next_tile(rows, r, rows.count(), most);
       if (mine(tiles, part)) {
-        attend(rows, tile, own, packed.begin, b);
+        attend(rows, tile, own, packed.begin, ahead, b);
         plan_.splits > 1 ? keep(index, rows, tile, split, b) : write(rows, tile, b);
       }
       r = tile.end;
@@ -222,9 +252,18 @@ class Forward {
     }
   }
 
+  struct Row {
+    float* s;
+    Interval seen;  // columns of S that count
+    float largest = 0.f;
+
+    int64_t begin() const { return seen.begin & ~int64_t{15}; }  // of the vectors that hold them
+    int64_t end() const { return round_up(seen.end, 16); }
+  };
+
   // O, maxima and sums of a tile over its keys within `own`, of which `first` was packed first.
   void attend(const QueryRows& rows, const QueryTile& tile, Interval own, int64_t first,
-              const Buffers<T>& b) {
+              Ahead& ahead, const Buffers<T>& b) {
     const int64_t count = tile.rows();
     Interval keys = tile.keys.within(own);
     for (int64_t r = 0; r < count; ++r) {
@@ -236,6 +275,11 @@ class Forward {
       return;
     }
     pack_queries(rows, tile, b);
+    const MutableMatrixRef to =
+        head_rows(out_, in_.dtype, rows.segment, rows.head(tile.begin),
+                  rows.segment.query_begin + rows.query(tile.begin),
+                  min(count, rows.segment.queries - rows.query(tile.begin)), in_.value_dim);
+    const Prefetch results({to.data, to.rows, to.cols, to.stride}, in_.dtype);
     keys = {keys.begin - first, keys.end - first};
     keys.begin &= ~int64_t{1};  // rows of V come in pairs
     bool accumulate = false;
@@ -250,17 +294,24 @@ class Forward {
       // One length of row for many tiles, so that brgemm need not be compiled for each.
       const bool whole = tile.uniform && !rows.segment.range && !plan_.sorted;
       const int64_t depth = whole ? round_up(part.length(), kPerWord<T>) : columns;
-      for (int64_t r = 0; r < count; ++r) {
-        Interval seen = rows.keys(tile.begin + r).within(own);
-        seen = Interval{seen.begin - first, seen.end - first}.within(part);
-        seen = {seen.begin - part.begin, seen.end - part.begin};
-        float* s = b.s + r * plan_.lds;
-        float* out = accumulate ? b.out + r * plan_.ldv : nullptr;
-        if (transformed_) {
-          if (!seen.empty()) transform(rows, tile.begin + r, first + part.begin, seen, s);
-          softmax<true>(seen, depth, s, b.max[r], b.sum[r], out);
-        } else {
-          softmax<false>(seen, depth, s, b.max[r], b.sum[r], out);
+      for (int64_t r = 0; r < count; r += kGroup) {
+        Row group[kGroup];
+        const int64_t rows_left = min(kGroup, count - r);
+        // All maxima first: the exponentials of one row need not wait for its own.
+        for (int64_t i = 0; i < rows_left; ++i) {
+          Interval seen = rows.keys(tile.begin + r + i).within(own);
+          seen = Interval{seen.begin - first, seen.end - first}.within(part);
+          group[i] = {b.s + (r + i) * plan_.lds, {seen.begin - part.begin, seen.end - part.begin}};
+          if (group[i].seen.empty()) continue;
+          if (transformed_) transform(rows, tile.begin + r + i, first + part.begin, group[i]);
+          find_largest(group[i]);
+          ahead.row();
+          results.template row<1>(r + i);
+        }
+        for (int64_t i = 0; i < rows_left; ++i) {
+          float* out = accumulate ? b.out + (r + i) * plan_.ldv : nullptr;
+          transformed_ ? softmax<true>(group[i], depth, b.max[r + i], b.sum[r + i], out)
+                       : softmax<false>(group[i], depth, b.max[r + i], b.sum[r + i], out);
         }
       }
       multiply<T>(gemm_, count, in_.value_dim, depth, reinterpret_cast<const T*>(b.s),
@@ -270,28 +321,31 @@ class Forward {
     }
   }
 
-  // One row of S, (depth), of which `seen` counts, becomes one of P in T, zero elsewhere. `out`, if
-  // it holds a sum already, is rescaled to the new maximum.
+  void find_largest(Row& row) {
+    mask_ends(row.s, row.seen);
+    vf m0 = broadcast(kNegativeInfinity), m1 = m0, m2 = m0, m3 = m0;
+    int64_t j = row.begin();
+    for (; j + 4 * kLanes <= row.end(); j += 4 * kLanes) {
+      m0 = max(m0, load(row.s + j));
+      m1 = max(m1, load(row.s + j + kLanes));
+      m2 = max(m2, load(row.s + j + 2 * kLanes));
+      m3 = max(m3, load(row.s + j + 3 * kLanes));
+    }
+    for (; j < row.end(); j += kLanes) m0 = max(m0, load(row.s + j));
+    row.largest = hmax(max(max(m0, m1), max(m2, m3)));
+  }
+
+  // One row of S becomes one of P in T, (depth), zero where a key is not seen. `out`, if it holds a
+  // sum already, is rescaled to the new maximum.
   template <bool kTransformed>
-  void softmax(Interval seen, int64_t depth, float* s, float& maximum, float& sum, float* out) {
-    T* p = reinterpret_cast<T*>(s);
-    if (seen.empty()) {
+  void softmax(const Row& row, int64_t depth, float& maximum, float& sum, float* out) {
+    T* p = reinterpret_cast<T*>(row.s);
+    if (row.seen.empty()) {
       std::memset(p, 0, depth * sizeof(T));
       return;
     }
-    const int64_t begin = seen.begin & ~int64_t{15}, end = round_up(seen.end, 16);
-    mask_ends(s, seen);
-    vf m0 = broadcast(kNegativeInfinity), m1 = m0, m2 = m0, m3 = m0;
-    int64_t j = begin;
-    for (; j + 4 * kLanes <= end; j += 4 * kLanes) {
-      m0 = max(m0, load(s + j));
-      m1 = max(m1, load(s + j + kLanes));
-      m2 = max(m2, load(s + j + 2 * kLanes));
-      m3 = max(m3, load(s + j + 3 * kLanes));
-    }
-    for (; j < end; j += kLanes) m0 = max(m0, load(s + j));
-    const float largest = hmax(max(max(m0, m1), max(m2, m3)));
-    const float scaled = kTransformed ? largest : largest * exponent_;
+    const int64_t begin = row.begin(), end = row.end();
+    const float scaled = kTransformed ? row.largest : row.largest * exponent_;
     const float now = scaled > maximum ? scaled : maximum;
     const float shift = now == kNegativeInfinity ? 0.f : now;
     if (out && now != maximum) {
@@ -302,13 +356,14 @@ class Forward {
     maximum = now;
     vf s0 = {}, s1 = {};
     const auto probability = [&](int64_t at, vf& total) {
-      const vf x = load(s + at);
+      const vf x = load(row.s + at);
       const vf e =
           exp2_of<kExpDegree<T>>(kTransformed ? (x - shift) * kLog2e : x * exponent_ - shift);
       total += e;
       put(p + at, e);
     };
-    for (j = begin; j + 2 * kLanes <= end; j += 2 * kLanes) {
+    int64_t j = begin;
+    for (; j + 2 * kLanes <= end; j += 2 * kLanes) {
       probability(j, s0);
       probability(j + kLanes, s1);
     }
@@ -336,13 +391,13 @@ class Forward {
   }
 
   // Softcap and mask: from products to what the exponential takes, in natural units.
-  void transform(const QueryRows& rows, int64_t row, int64_t first_key, Interval seen, float* s) {
+  void transform(const QueryRows& rows, int64_t index, int64_t first_key, const Row& row) {
     const float scale = __builtin_fabsf(in_.scale);
-    const MaskRow mask(in_.mask, rows.segment, rows.head(row), rows.query(row));
-    for (int64_t j = seen.begin & ~int64_t{15}; j < seen.end; j += kLanes) {
-      vf x = load(s + j) * scale;
+    const MaskRow mask(in_.mask, rows.segment, rows.head(index), rows.query(index));
+    for (int64_t j = row.begin(); j < row.seen.end; j += kLanes) {
+      vf x = load(row.s + j) * scale;
       if (in_.softcap > 0.f) x = tanh(x / in_.softcap) * in_.softcap;
-      store(s + j, mask.apply(x, first_key + j, first_key + seen.end));
+      store(row.s + j, mask.apply(x, first_key + j, first_key + row.seen.end));
     }
   }
 
@@ -354,9 +409,9 @@ class Forward {
   }
 
   void write_row(const QueryRows& rows, int64_t row, const float* o, float maximum, float sum) {
-    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
     const AttentionSegment& segment = rows.segment;
     const int64_t head = rows.head(row), query = segment.query_begin + rows.query(row);
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
     const int64_t at =
         segment.batch * out_.batch_stride + head * out_.head_stride + query * out_.row_stride;
     for (int64_t d = 0; d < in_.value_dim; d += kLanes) {

@@ -13,34 +13,23 @@ namespace vlm::cpu::VLM_ISA {
 constexpr float kLn2 = 6.93147180559945309417e-1f;
 constexpr float kNegativeInfinity = -__builtin_inff();
 
-// 2^x for x <= 0, exactly 0 for -inf; NaN stays NaN. The polynomial's relative error is 8e-5
-// (degree 3, below the rounding of bf16) or 8e-8 (degree 5).
+// 2^x for x <= 0, exactly 0 for -inf and 1 for 0; NaN stays NaN. Relative error 9e-5 (degree 3,
+// well below the rounding of bf16) or 7e-8 (degree 5): minimax fits on [0, 1].
 template <int kDegree>
 VLM_INLINE vf exp2_of(vf x) {
-#ifdef __AVX512F__
-  const vf y = at_least(x, -200.f);
-#else
-  const vf y = at_least(x, -126.f);
-#endif
-  const Rounded n = Rounded::of(y);
-  const vf f = y - n.value;
+  const Floored n = Floored::of(x);
+  const vf f = n.fraction;
   vf p;
   if constexpr (kDegree == 3) {
-    p = f * 5.508868e-2f + 2.4260404e-1f;
-    p = p * f + 6.9327624e-1f;
-    p = p * f + 9.9992894e-1f;
+    p = f * 7.8268009e-2f + 2.2630766e-1f;
+    p = p * f + 6.9542434e-1f;
   } else {
-    p = f * 1.3267e-3f + 9.67546e-3f;
-    p = p * f + 5.550743e-2f;
-    p = p * f + 2.4022122e-1f;
-    p = p * f + 6.9314695e-1f;
-    p = p * f + 1.00000007f;
+    p = f * 1.8771391e-3f + 8.9957401e-3f;
+    p = p * f + 5.5815224e-2f;
+    p = p * f + 2.4016028e-1f;
+    p = p * f + 6.9315162e-1f;
   }
-  p = Rounded::scale(n, p);
-#ifndef __AVX512F__
-  p = x < -126.f ? vf{} : p;
-#endif
-  return p;
+  return Floored::scale(n, p * f + 1.f);
 }
 
 template <class T>
@@ -114,6 +103,29 @@ template <class T>
     }
   }
 }
+
+// Rows that will soon be read or written: they are far away, and a loop over vectors has time to
+// send for them.
+struct Prefetch {
+  const char* data = nullptr;
+  int64_t rows = 0, stride = 0, bytes = 0;  // of a row
+
+  Prefetch() = default;
+  Prefetch(const MatrixRef& x, DType dtype)
+      : data(static_cast<const char*>(x.data)),
+        rows(x.rows),
+        stride(x.stride * element_size(dtype)),
+        bytes(x.cols * element_size(dtype)) {}
+
+  // GCC takes a function that only prefetches for one without effect, unless it is inlined.
+  template <int kWrite = 0>
+  __attribute__((always_inline)) void row(int64_t i) const {
+    if (i >= rows) return;
+    for (int64_t b = 0; b < bytes; b += 64) {
+      __builtin_prefetch(data + i * stride + b, kWrite, kWrite ? 3 : 2);
+    }
+  }
+};
 
 // The rows of one head of a segment.
 inline MatrixRef head_rows(const HeadsRef& x, DType dtype, const AttentionSegment& segment,

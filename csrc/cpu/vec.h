@@ -1,5 +1,5 @@
 // Sixteen-lane vectors for the CPU kernels, written once: the compiler lowers them to one zmm, two
-// ymm or four xmm registers. Five AVX-512 instructions that it does not find are named here. Only
+// ymm or four xmm registers. Six AVX-512 instructions that it does not find are named here. Only
 // for files compiled per ISA (namespace cpu::VLM_ISA); keep STL and torch headers out of those,
 // since an inline function compiled for AVX may win at link time.
 #pragma once
@@ -117,6 +117,36 @@ struct Rounded {
 #else
     const vf r = (vf)((vu)p + ((vu)n.shifted << 23));
     return p == p ? r : p;
+#endif
+  }
+};
+
+// x - floor(x), and p 2^floor(x): the two ends of 2^x. For -inf 0 and 0; NaN stays NaN. Without
+// AVX-512 p 2^floor(x) is 0 below -126, junk above 127, and `fraction` may be 1.
+struct Floored {
+  vf x;
+  vf fraction;
+#ifndef __AVX512F__
+  Rounded floor;
+#endif
+
+  VLM_INLINE Floored of(vf x) {
+#ifdef __AVX512F__
+    vf fraction;
+    asm("vreduceps $9, %1, %0" : "=v"(fraction) : "v"(x));  // floor, no exceptions
+    return {x, fraction};
+#else
+    const vf y = at_least(x, -126.f);
+    const Rounded floor = Rounded::of(y - 0.5f);
+    return {x, y - floor.value, floor};
+#endif
+  }
+  VLM_INLINE vf scale(const Floored& n, vf p) {
+#ifdef __AVX512F__
+    asm("vscalefps %2, %1, %0" : "=v"(p) : "v"(p), "v"(n.x));
+    return p;
+#else
+    return n.x < -126.f ? vf{} : Rounded::scale(n.floor, p);
 #endif
   }
 };

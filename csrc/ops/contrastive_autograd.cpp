@@ -1,15 +1,13 @@
 // clip_loss and siglip_loss with gradients, eager: autograd nodes around the registered ops. In C++
 // since a Python autograd.Function costs more than the kernels of a small batch; torch.compile and
 // Triton keep those of vlm_kernels/ops/contrastive.py.
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <vector>
 
+#include "ops/autograd.h"
 #include "ops/bind.h"
 #include "ops/contrastive.h"
 #include "ops/ops.h"
@@ -36,29 +34,6 @@ struct Options {
 enum Saved { kImage, kText, kScale, kBias, kImageIds, kTextIds, kLabels, kRow, kCol, kResults };
 enum Number { kScaleValue, kBiasValue, kSmoothing };
 enum Integer { kIgnoreSameIds, kDirections, kReduction, kWorkspaceMb, kDType };
-
-Tensor or_undefined(const OptionalTensor& x) { return x ? *x : Tensor(); }
-
-OptionalTensor or_none(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
-
-// torch.func finds no way through a node in C++, and its own error does not name the call.
-void refuse_transforms(const char* op) {
-  const auto& functorch = at::functorch::functorchTLSAccessor();
-  if (!functorch) return;
-  try {
-    functorch->checkSupportsCppAutogradFunction();
-  } catch (const c10::Error&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, op,
-                                ": torch.func (grad, vjp, jacrev, vmap) cannot differentiate it; "
-                                "use backward() or torch.autograd.grad, or backend='reference'");
-  }
-}
-
-// The ops have no autograd formula: the keys above them would only look for one.
-struct BelowAutograd {
-  at::AutoDispatchBelowADInplaceOrView below;
-  c10::AutoGradMode no_grad{false};
-};
 
 int64_t wanted(const Tensor& image, const Tensor& text, const OptionalTensor& scale,
                const OptionalTensor& bias) {
@@ -116,29 +91,12 @@ struct Backward {
   variable_list grads(Tensor image, Tensor text, Tensor scale, Tensor bias) const;
 };
 
-// The gradients of a graph that is kept for a second derivative end here.
-struct SecondDerivative : Function<SecondDerivative> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const char* op) {
-    ctx->saved_data["op"] = std::string(op);
-    return grad;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK(false, ctx->saved_data["op"].toStringRef(),
-                " has no second derivative: its backward is once_differentiable; use "
-                "backend='reference'");
-  }
-};
-
 variable_list Backward::grads(Tensor image, Tensor text, Tensor scale, Tensor bias) const {
   variable_list all{std::move(image), std::move(text), std::move(scale), std::move(bias), Tensor()};
   for (const int i : {kImage, kText, kScale, kBias}) {
-    if (!(needs >> i & 1)) {
-      all[i] = Tensor();
-    } else if (c10::GradMode::is_enabled()) {
-      all[i] = SecondDerivative::apply(all[i].detach().requires_grad_(), op);
-    }
+    if (!(needs >> i & 1)) all[i] = Tensor();
   }
-  return all;
+  return once_differentiable(std::move(all), saved, op);
 }
 
 // Whether the forward's gradients may be overwritten: plain CPU tensors, no backward after this.

@@ -6,6 +6,7 @@
 namespace vlm {
 
 void bind_workspace(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
 void bind_contrastive(pybind11::module_& m);
 void bind_contrastive_autograd(pybind11::module_& m);
 

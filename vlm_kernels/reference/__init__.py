@@ -1,5 +1,6 @@
 """Plain, dense PyTorch versions of every op, capable of fp64: the ground truth of the tests."""
 
+from .attention import attention, attention_varlen
 from .contrastive import clip_loss, siglip_loss
 
-__all__ = ["clip_loss", "siglip_loss"]
+__all__ = ["attention", "attention_varlen", "clip_loss", "siglip_loss"]

@@ -326,11 +326,11 @@ DEPTH = 128
 
 def product_in_order(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the order of a matrix multiply: blocks of DEPTH terms, each summed one by one."""
-    total = a.new_zeros(a.shape[0], b.shape[1])
-    for start in range(0, a.shape[1], DEPTH):
+    total = a.new_zeros(*a.shape[:-1], b.shape[-1])
+    for start in range(0, a.shape[-1], DEPTH):
         block = torch.zeros_like(total)
-        for k in range(start, min(start + DEPTH, a.shape[1])):
-            block.addcmul_(a[:, k : k + 1], b[k])
+        for k in range(start, min(start + DEPTH, a.shape[-1])):
+            block.addcmul_(a[..., k : k + 1], b[..., k : k + 1, :])
         total += block
     return total
 
