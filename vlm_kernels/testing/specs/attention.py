@@ -116,7 +116,7 @@ def _random_range(b: int, h: int, nq: int, nk: int, generator: torch.Generator) 
 def _range(*rows: Tensor) -> Tensor:
     """begin and end of every query, as kv_range (1 or B, 1, Nq, 2)."""
     ends = torch.stack(torch.broadcast_tensors(*rows), -1).to(torch.int32)
-    return ends.reshape(-1, 1, *ends.shape[-2:])
+    return ends[None, None] if ends.ndim == 2 else ends[:, None]
 
 
 def _prefix_lm(b: int, h: int, nq: int, nk: int, generator: torch.Generator) -> Keywords:
