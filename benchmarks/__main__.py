@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = commands.add_parser("report", help="the tables of a file that --json wrote")
     shown.add_argument("file")
     shown.add_argument("--markdown", action="store_true")
+    shown.add_argument("--readme", action="store_true", help="only the table of the README")
     shown.add_argument("--plot", metavar="FILE")
     shown.add_argument("--check", action="store_true", help="hold it to the targets")
     limits = commands.add_parser("roofline", help="what this machine reaches")
@@ -36,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"report: {error}", file=sys.stderr)
             return 2
+        if args.readme:
+            print(report.readme(rows) if rows else "no rows")
+            return 0
         return report.show(rows, args.markdown, args.plot, args.check)
     torch.set_num_threads(args.threads)
     found = roofline.measure(args.dtype)

@@ -22,7 +22,7 @@ import vlm_kernels
 from vlm_kernels import _load
 from vlm_kernels.testing import timing
 
-from . import measure, peers, record, report
+from . import peers, record, report
 from .record import ROOT, Row
 
 _IMPORT = """
@@ -31,7 +31,6 @@ start = time.perf_counter()
 import vlm_kernels
 print(time.perf_counter() - start)
 """
-_TINY = {"n": 4, "m": 4, "d": 16}
 _CALLS, _ROUNDS = 2000, 15
 
 
@@ -113,13 +112,16 @@ def overhead(op: str) -> list[Row]:
 
 
 def _overhead(op: str) -> list[Row]:
-    case = measure.Case(op, "full", "fp32", **_TINY)
-    loss = getattr(vlm_kernels, op)
-    inputs = [t for t in case.inputs() if t is not None]
+    module = peers.module(op)
+    function = getattr(vlm_kernels, op)
+    case = module.Case(op, "full", "fp32", **module.COST)
+    inputs = case.tensors(case.inputs())
     leaves = [t.clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    grad = torch.ones_like(out)
     calls: dict[str, Callable[[], object]] = {
-        "call, no gradients": lambda: loss(*inputs),
-        "call, gradients": lambda: loss(*leaves),
+        "call, no gradients": lambda: function(*inputs),
+        "call, gradients": lambda: function(*leaves),
     }
     rows = []
     for name, fn in calls.items():
@@ -131,9 +133,19 @@ def _overhead(op: str) -> list[Row]:
         micros = _micros({"ours": fn, "bare": bare})
         note = f"{micros['ours']:.1f} us, of which the bare kernel {micros['bare']:.1f}"
         rows.append(_row(name, micros["ours"] - micros["bare"], "us", note, op=op, threads=1))
-    both = _micros({"both": lambda: torch.autograd.grad(loss(*leaves), leaves)})["both"]
-    note = "in all: kernels, autograd's engine and what is around them"
-    return [*rows, _row("call and backward", both, "us", note, op=op, threads=1)]
+
+    def both() -> None:
+        torch.autograd.grad(function(*leaves), leaves, grad)
+
+    fns: dict[str, Callable[[], object]] = {"ours": both}
+    bare = _bare(both)
+    if bare is not None:
+        fns["bare"] = bare
+    micros = _micros(fns)
+    note = "in all: autograd's engine, what is around the kernels, and these"
+    if bare is not None:
+        note += f", {micros['bare']:.1f} us bare"
+    return [*rows, _row("call and backward", micros["ours"], "us", note, op=op, threads=1)]
 
 
 def build_wheel() -> list[Row]:

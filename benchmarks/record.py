@@ -8,7 +8,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cache
@@ -83,19 +83,22 @@ class Row:
 
     Attributes:
         kind: "time", "memory" or "cost".
+        group: which of an op's sets of shapes this one is in; shape: its name there.
+        b, h, n, m, d: batch, heads, queries or rows, keys or columns, features.
         mode: "fwd" (under no_grad) or "full" (forward, and gradients of every input).
         provider: "vlm_kernels" or a peer; `ours` says which, `backend` what ran ours.
         counts: ours, and run by a kernel of ours rather than by plain PyTorch.
         status: "ok", "error" or "skipped", with the `reason`.
         ms: median of `samples` calls; first_s: the first call, compilation included.
         eager_ms: on a GPU, where `ms` is a CUDA graph's: an eager call and the wait for it.
-        tflops: `flops` over the time; only useful ones, a loss has 6 N M D whatever it recomputes.
+        tflops: `flops` over the time; only useful ones, whatever is recomputed.
         gbps: `bytes` over the time: each input read and each gradient written once.
         roofline_pct: the least time possible at the limits measured in this run, over the time.
         suspicious: faster than that limit; look for the mistake.
-        err: relative L2 error of the loss and of each gradient against fp64, at `err_n` rows.
+        err: relative L2 error of the result and of each gradient against fp64, at `err_n` rows.
         peak_mib: peak resident memory above inputs and gradients, in a fresh process.
         best_peer, speedup: the fastest peer of the row, and its time over this row's.
+        ratios: the same for each peer.
         name, value, unit: of a cost.
         other_load: share of the machine that other processes took meanwhile.
     """
@@ -109,6 +112,10 @@ class Row:
     counts: bool = False
     note: str = ""
     dtype: str | None = None
+    group: str = ""
+    shape: str = ""
+    b: int | None = None
+    h: int | None = None
     n: int | None = None
     m: int | None = None
     d: int | None = None
@@ -136,6 +143,7 @@ class Row:
     peak_mib: float | None = None
     best_peer: str | None = None
     speedup: float | None = None
+    ratios: dict[str, float] | None = None
     name: str | None = None
     value: float | None = None
     unit: str | None = None
@@ -147,8 +155,23 @@ class Row:
     repro: str = ""
 
 
+def _square_shape(row: Mapping[str, Any]) -> str:
+    """The shape of a row of a loss, in files that do not say it."""
+    sizes = [row.get("n"), row.get("m"), row.get("d")]
+    if None in sizes:
+        return ""
+    return "x".join(str(size) for size in (sizes[1:] if sizes[0] == sizes[1] else sizes))
+
+
 FIELDS = tuple(f.name for f in fields(Row))
-_LATER: dict[str, Any] = {"device": "cpu", "eager_ms": None}
+_LATER: dict[str, Any] = {
+    "device": "cpu",
+    "eager_ms": None,
+    "group": "",
+    "b": None,
+    "h": None,
+    "ratios": None,
+}
 """Fields that files written before them lack, and what they mean there."""
 
 
@@ -197,6 +220,7 @@ def read(path: str) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         row = {**_LATER, **row}
+        row.setdefault("shape", _square_shape(row))
         missing = set(FIELDS) - set(row)
         if missing:
             raise ValueError(f"{path}, line {number}: missing {', '.join(sorted(missing))}")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import targets
+from . import peers, targets
 
 Row = Mapping[str, Any]
-
-_CASE = ("op", "mode", "dtype", "n", "m", "d")
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -27,8 +26,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _case(row: Row) -> str:
-    sizes = [row["n"], row["d"]] if row["n"] == row["m"] else [row["n"], row["m"], row["d"]]
-    return f"{row['op']} {row['mode']} {row['dtype']} {'x'.join(map(str, sizes))}"
+    return " ".join(filter(None, (*_panel(row), row["shape"])))
 
 
 def _provider(row: Row) -> str:
@@ -37,11 +35,11 @@ def _provider(row: Row) -> str:
 
 
 def _errors(row: Row) -> str:
-    """Error of the loss / the largest one of the gradients, and the N of it if not the row's."""
+    """Error of the result / the largest one of the gradients, and the N of it if not the row's."""
     if not row["err"]:
         return "-"
-    grads = [value for name, value in row["err"].items() if name != "loss"]
-    text = f"{row['err']['loss']:.0e}"
+    result, *grads = row["err"].values()
+    text = f"{result:.0e}"
     if grads:
         worst = math.nan if any(map(math.isnan, grads)) else max(grads)
         text += f" / {worst:.0e}"
@@ -72,7 +70,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("GFLOP/s", lambda r: "-" if r["tflops"] is None else _number(r["tflops"] * 1e3)),
     ("GB/s", lambda r: _number(r["gbps"])),
     ("roofline", lambda r: "-" if r["roofline_pct"] is None else f"{r['roofline_pct']:.0f} %"),
-    ("err loss / grads", _errors),
+    ("err / of grads", _errors),
     ("vs best peer", lambda r: "-" if r["speedup"] is None else f"{r['speedup']:.2f}x"),
     ("", _marks),
 )
@@ -122,18 +120,18 @@ def _section(
 
 
 def headlines(rows: Iterable[Row]) -> list[str]:
-    """Per op, mode, dtype and workspace: the ratio to the best peer, and how many rows lose."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
+    """Per panel and workspace: the ratio to the best peer, and how many rows lose."""
+    groups: dict[tuple[str, int | None], list[float]] = {}
     for row in rows:
         if row["kind"] == "time" and row["counts"] and row["speedup"] is not None:
-            key = row["op"], row["mode"], row["dtype"], row["workspace_mb"]
+            key = " ".join(filter(None, _panel(row))), row["workspace_mb"]
             groups.setdefault(key, []).append(row["speedup"])
     lines = []
-    for (op, mode, dtype, workspace), ratios in groups.items():
+    for (what, workspace), ratios in groups.items():
         geomean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         tight = "" if workspace is None else f" workspace_mb={workspace}"
         lines.append(
-            f"{op} {mode} {dtype}{tight}: {geomean:.2f}x the best peer (geomean), worst "
+            f"{what}{tight}: {geomean:.2f}x the best peer (geomean), worst "
             f"{min(ratios):.2f}x, {sum(r < 1 for r in ratios)} of {len(ratios)} rows lose"
         )
     return lines or ["no row of ours counts"]
@@ -178,8 +176,33 @@ def table(rows: Sequence[Row], markdown: bool = False) -> str:
     return "\n\n".join(parts)
 
 
+def readme(rows: Sequence[Row]) -> str:
+    """What the README shows of a run: a line for each row of ours that counts, and the means."""
+    lines: list[Sequence[str]] = [
+        ("op", "mode", "dtype", "shape", "ours, ms", "best peer, ms", "ratio", "of the limit")
+    ]
+    for row in rows:
+        if row["kind"] != "time" or not row["counts"] or row["speedup"] is None:
+            continue
+        tight = "" if row["workspace_mb"] is None else f", `workspace_mb={row['workspace_mb']}`"
+        lines.append(
+            (
+                " ".join(filter(None, (row["op"], row["group"]))) + tight,
+                {"fwd": "forward", "full": "forward + backward"}[row["mode"]],
+                row["dtype"],
+                row["shape"],
+                _number(row["ms"]),
+                f"{_number(row['ms'] * row['speedup'])} ({row['best_peer']})",
+                f"{row['speedup']:.2f}x",
+                f"{row['roofline_pct']:.0f} %",
+            )
+        )
+    notes = "\n".join(f"- {note}" for note in (*_about(rows), *headlines(rows)))
+    return f"{_grid(lines, True)}\n\n{notes}"
+
+
 def plot(rows: Sequence[Row], path: str) -> None:
-    """A picture: a panel an op, mode and dtype, and for each shape the providers' useful GFLOP/s.
+    """A picture: a panel an op, group, mode and dtype, with the providers' useful GFLOP/s.
 
     Bars start at 0, so their heights compare as speeds. Each carries its milliseconds, ours
     also the ratio to the best peer; a line shows the limit measured in the run.
@@ -192,18 +215,20 @@ def plot(rows: Sequence[Row], path: str) -> None:
     if not timed:
         raise ValueError("plot: no row was timed")
     panels = list(dict.fromkeys(map(_panel, timed)))
+    kinds = list(dict.fromkeys(panel[:2] for panel in panels))
+    panels.sort(key=lambda panel: kinds.index(panel[:2]))  # a group's modes and dtypes together
     names = list(dict.fromkeys(map(_provider, timed)))
-    most = max(len({_case(r) for r in timed if _panel(r) == panel}) for panel in panels)
+    bars = max(sum(_panel(row) == panel for row in timed) for panel in panels)
     across = min(len(panels), 2)
     down = math.ceil(len(panels) / across)
-    width = max(5.0, 1.2 + 0.25 * most * len(names))
+    width = max(5.0, 1.2 + 0.25 * bars)
     figure = Figure(figsize=(width * across, 3.6 * down + 1.2), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw(axes, [row for row in timed if _panel(row) == panel], names)
-        axes.set_title(" ".join(panel))
+        axes.set_title(" ".join(filter(None, panel)))
     handles = [Patch(color=f"C{i % 10}") for i in range(len(names))]
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3))
     note = "on each bar ms, on ours the ratio to the best peer (* not run by our kernel)"
@@ -214,11 +239,12 @@ def plot(rows: Sequence[Row], path: str) -> None:
 
 def _draw(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
     cases = list(dict.fromkeys(map(_case, rows)))
-    shown = [name for name in names if any(_provider(row) == name for row in rows)]
-    size = 0.88 / len(shown)
+    most = max(Counter(map(_case, rows)).values())
+    size = 0.88 / most
     for row in rows:
         name = _provider(row)
-        x = cases.index(_case(row)) + (shown.index(name) - (len(shown) - 1) / 2) * size
+        beside = [_provider(r) for r in rows if _case(r) == _case(row)]
+        x = cases.index(_case(row)) + (beside.index(name) - (len(beside) - 1) / 2) * size
         axes.bar(x, row["tflops"] * 1e3, size * 0.92, color=f"C{names.index(name) % 10}")
         text = f" {_number(row['ms'])}"
         if row["ours"] and row["speedup"] is not None:
@@ -227,16 +253,19 @@ def _draw(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
         style["bbox"] = {"color": "white", "pad": 0.3}
         axes.text(x, row["tflops"] * 1e3, text, weight="bold" if row["ours"] else None, **style)
     axes.axhline(rows[0]["peak_tflops"] * 1e3, color="0.4", linestyle="--", linewidth=1)
-    # room for the text on the highest bar
-    axes.set_ylim(0, 1.35 * max(row["tflops"] * 1e3 for row in rows))
+    # room for the text on the highest bar, and for the limit
+    highest = max(row["tflops"] for row in rows)
+    axes.set_ylim(0, 1e3 * max(1.5 * highest, 1.05 * rows[0]["peak_tflops"]))
     axes.set_xlim(-0.5, len(cases) - 0.5)
-    axes.set_xticks(range(len(cases)), [case.split()[-1] for case in cases])
-    axes.set_xlabel("N x D")
+    labels = [case.split()[-1].replace(":", "\n") for case in cases]
+    slanted = {"rotation": 30, "ha": "right"} if max(map(len, labels)) > 10 else {}
+    axes.set_xticks(range(len(cases)), labels, fontsize=8, **slanted)
+    axes.set_xlabel(peers.module(rows[0]["op"]).AXES)
     axes.set_ylabel("useful GFLOP/s")
 
 
-def _panel(row: Row) -> tuple[str, str, str]:
-    return row["op"], row["mode"], row["dtype"]
+def _panel(row: Row) -> tuple[str, str, str, str]:
+    return row["op"], row["group"], row["mode"], row["dtype"]
 
 
 def show(rows: Sequence[Row], markdown: bool, picture: str | None, check: bool) -> int:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from types import ModuleType
 
 import torch
 
-from . import cost, measure, peers, record, report, roofline, targets
-from .measure import Case, Settings
+from . import cost, measure, peers, record, report, roofline
+from .case import Case, Provider
+from .measure import Settings
 from .record import Row
 
-_OPS = {"contrastive": peers.OPS, **{op: (op,) for op in peers.OPS}}
+_OPS: dict[str, tuple[str, ...]] = {
+    "all": peers.OPS,
+    **{name: module.OPS for name, module in peers.MODULES.items()},
+    **{op: (op,) for op in peers.OPS},
+}
+_GROUPS = tuple(group for module in peers.MODULES.values() for group in module.GROUPS if group)
 _MODES = ("fwd", "full")
 
 
@@ -28,17 +36,13 @@ def _list(known: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _shapes(text: str) -> list[tuple[int, int, int]]:
-    shapes = []
+def _shapes(text: str) -> list[str]:
+    """Sizes above 0, at least two, and perhaps a name before them; what they mean says the op."""
     for item in text.split(","):
-        try:
-            sizes = [int(size) for size in item.split("x")]
-        except ValueError:
-            sizes = []
-        if len(sizes) not in (2, 3) or min(sizes) < 1:
-            raise argparse.ArgumentTypeError(f"{item!r} is not NxD or NxMxD")
-        shapes.append((sizes[0], sizes[-2] if len(sizes) == 3 else sizes[0], sizes[-1]))
-    return shapes
+        if not re.fullmatch(r"([a-z_]+:)?[1-9][0-9]*(x[1-9][0-9]*)+", item):
+            known = "; ".join(f"{name}: {m.SHAPES}" for name, m in peers.MODULES.items())
+            raise argparse.ArgumentTypeError(f"{item!r} is no shape; {known}")
+    return text.split(",")
 
 
 def _peer_names(text: str) -> str:
@@ -59,20 +63,21 @@ def _positive(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add = parser.add_argument
-    add("--op", choices=sorted(_OPS), default="contrastive", help="contrastive is both losses")
+    add("--op", choices=sorted(_OPS), default="contrastive", help="contrastive: both losses")
+    add("--group", type=_list(_GROUPS), help="of attention: its sets of shapes (default: all)")
     add("--mode", type=_list(_MODES), default=["full"], help="fwd,full (default: full)")
     add("--dtype", type=_list(roofline.DTYPES), default=["fp32", "bf16"], help="fp32,bf16,fp16")
     add("--peers", type=_peer_names, default="all", help="all, none or names with commas")
-    add("--shapes", type=_shapes, help="NxD or NxMxD, with commas (default: those of the targets)")
+    add("--shapes", type=_shapes, help="with commas (default: those of the targets)")
     add("--workspace-mb", type=_positive, help="of ours (default: its own, and a tight one)")
     add("--backend", default="auto", help="of ours, or several with commas; see `explain`")
     add("--threads", type=_positive, default=2)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: graphs, from a cold L2")
     add("--repeats", type=_positive, help="rounds at least (default: 5, quick 3)")
     add("--min-time", type=float, help="seconds of rounds a case at least (default: 2, quick 0.5)")
-    add("--quick", action="store_true", help="the smallest shape only, few repeats")
+    add("--quick", action="store_true", help="the first shape of each group only, few repeats")
     add("--memory", action="store_true", help="peak memory of ours and of the peers that fit")
-    add("--memory-shape", type=_shapes, help="N of the memory pass (default: that of the targets)")
+    add("--memory-shape", type=_shapes, help="of the memory pass (default: that of the targets)")
     add("--check", action="store_true", help="hold the run to the targets; exit status 1 if missed")
     add("--json", metavar="FILE", help="write a JSON line a row, over what the file holds")
     add("--append", action="store_true", help="append to --json instead")
@@ -81,35 +86,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--markdown", action="store_true", help="print tables in Markdown")
 
 
+def _modules(args: argparse.Namespace) -> list[tuple[ModuleType, list[str]]]:
+    """The modules of the ops that are asked for, and which of their ops."""
+    wanted = {id(peers.module(op)): peers.module(op) for op in _OPS[args.op]}
+    return [(m, [op for op in m.OPS if op in _OPS[args.op]]) for m in wanted.values()]
+
+
 def cases(args: argparse.Namespace) -> list[tuple[Case, list[int | None]]]:
     """What to time, and with which workspaces of ours (None: its default)."""
-    shapes = args.shapes
-    if shapes is None:
-        shapes = [(n, n, d) for n, d in (targets.SHAPES[:1] if args.quick else targets.SHAPES)]
-    found = []
-    for op in _OPS[args.op]:
-        for mode in args.mode:
-            for dtype in args.dtype:
-                for n, m, d in shapes:
-                    workspaces: list[int | None] = [args.workspace_mb]
-                    tight = op == "clip_loss" and (n, d) in targets.TIGHT and n == m
-                    if tight and mode == "full" and args.workspace_mb is None:
-                        workspaces.append(targets.TIGHT_MB)
-                    found.append((Case(op, mode, dtype, n, m, d), workspaces))
-    return found
+    return [case for module, ops in _modules(args) for case in module.cases(args, ops)]
 
 
 def _memory_cases(args: argparse.Namespace) -> list[tuple[Case, int | None]]:
-    n, d = targets.MEMORY_SHAPE
-    (n, m, d), *_ = args.memory_shape or [(n, n, d)]
-    workspace = args.workspace_mb or targets.MEMORY_MB
-    choices = [(op, dtype) for op in _OPS[args.op] for dtype in args.dtype]
-    return [(Case(op, "full", dtype, n, m, d), workspace) for op, dtype in choices]
+    return [case for module, ops in _modules(args) for case in module.memory_cases(args, ops)]
 
 
 def _providers(
     op: str, workspaces: Sequence[int | None], args: argparse.Namespace
-) -> list[peers.Provider]:
+) -> list[Provider]:
     backends = args.backend.split(",")
     mine = [peers.ours(op, workspace, b) for b in backends for workspace in workspaces]
     if len(backends) > 1:
@@ -122,10 +116,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _repro(row: Row, args: argparse.Namespace) -> str:
-    if row.kind == "cost":
-        return "python -m benchmarks cost"
-    shape = f"{row.n}x{row.m}x{row.d}"
+def _repro(row: Row, case: Case, args: argparse.Namespace) -> str:
     parts = [f"python -m benchmarks run --op {row.op} --mode {row.mode} --dtype {row.dtype}"]
     parts.append(f"--peers {args.peers} --threads {args.threads}")
     if args.device != "cpu":
@@ -135,8 +126,15 @@ def _repro(row: Row, args: argparse.Namespace) -> str:
     if row.workspace_mb is not None:
         parts.append(f"--workspace-mb {row.workspace_mb}")
     if row.kind == "memory":
-        return " ".join([*parts, f"--shapes 16x16 --memory --memory-shape {shape}"])
-    return " ".join([*parts, f"--shapes {shape}"])
+        small = case.small()[0].option
+        return " ".join([*parts, f"--shapes {small} --memory --memory-shape {case.option}"])
+    return " ".join([*parts, f"--shapes {case.option}"])
+
+
+def _repeatable(rows: list[Row], case: Case, args: argparse.Namespace) -> list[Row]:
+    for row in rows:
+        row.repro = _repro(row, case, args)
+    return rows
 
 
 def finish(rows: Sequence[Row], limits: roofline.Roofline) -> None:
@@ -154,15 +152,14 @@ def finish(rows: Sequence[Row], limits: roofline.Roofline) -> None:
         row.suspicious = row.roofline_pct > 100
         rivals = [r for r in rows if not r.ours and r.ms is not None and _same_case(r, row)]
         if rivals:
-            best = min(rivals, key=lambda r: r.ms or 0.0)
-            assert best.ms is not None
-            row.best_peer, row.speedup = best.provider, best.ms / row.ms
+            row.ratios = {r.provider: r.ms / row.ms for r in rivals if r.ms is not None}
+            row.best_peer = min(row.ratios, key=row.ratios.__getitem__)
+            row.speedup = row.ratios[row.best_peer]
 
 
 def _same_case(a: Row, b: Row) -> bool:
-    return all(
-        getattr(a, k) == getattr(b, k) for k in ("kind", "op", "mode", "dtype", "n", "m", "d")
-    )
+    keys = ("kind", "op", "mode", "dtype", "group", "shape", "n", "m", "d")
+    return all(getattr(a, key) == getattr(b, key) for key in keys)
 
 
 def measure_all(args: argparse.Namespace) -> list[Row]:
@@ -180,13 +177,14 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
     limits = roofline.measure(args.dtype, budget, args.device)
     rows: list[Row] = []
     # Provider objects are made once: errors against fp64 are remembered by them.
-    known: dict[tuple[str, tuple[int | None, ...]], list[peers.Provider]] = {}
+    known: dict[tuple[str, tuple[int | None, ...]], list[Provider]] = {}
     for case, workspaces in cases(args):
         _say(f"timing {case}")
         key = case.op, tuple(workspaces)
         if key not in known:
             known[key] = _providers(case.op, workspaces, args)
-        rows += measure.time_case(case, known[key], settings)
+        providers = [provider for provider in known[key] if case.takes(provider)]
+        rows += _repeatable(measure.time_case(case, providers, settings), case, args)
     # Again, since the machine may have been busy the first time.
     limits = limits.best(roofline.measure(args.dtype, budget, args.device))
     finish(rows, limits)
@@ -195,19 +193,25 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
             mine = [(b, peers.ours(case.op, workspace, b)) for b in args.backend.split(",")]
             rivals = peers.choose(case.op, args.peers if args.memory else "none")
             for backend, provider in [*mine, *((args.backend, peer) for peer in rivals)]:
-                _say(f"memory of {case}: {provider.key}")
-                own = replace(settings, backend=backend)
-                rows.append(measure.memory_case(case, provider, own))
+                if case.takes(provider):
+                    _say(f"memory of {case}: {provider.key}")
+                    own = replace(settings, backend=backend)
+                    row = measure.memory_case(case, provider, own)
+                    rows += _repeatable([row], case, args)
     if args.check and not args.quick:
         _say("the cost of having it")
         rows += cost.measure_all()
-    for row in rows:
-        row.repro = _repro(row, args)
     return rows
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs, prints, writes; under --check, 1 if a target was missed or no target was run."""
+    try:
+        cases(args)
+        _memory_cases(args)
+    except ValueError as error:
+        print(f"run: argument --shapes or --memory-shape: {error}", file=sys.stderr)
+        return 2
     rows = measure_all(args)
     if args.json:
         record.write(rows, args.json, args.append)

@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, peers
-from benchmarks.measure import Case
-from vlm_kernels import _backends
-from vlm_kernels.testing.specs import contrastive as spec
+from benchmarks import peers
+from benchmarks.peers.contrastive import Case
 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 
 PAIRS = [
     (Case(op, mode, dtype, 1024, 1024, 512), provider)
-    for op in peers.OPS
+    for op in peers.contrastive.OPS
     for mode in ("fwd", "full")
     for dtype in ("fp32", "bf16")
     # compiled peers would compile in each CI run
@@ -33,11 +31,11 @@ def test_contrastive(benchmark: Any, case: Case, provider: str) -> None:
     benchmark.group = str(case)
     benchmark.extra_info.update(
         provider=provider,
-        flops=spec.flops(case.op, case.n, case.m, case.d, case.mode),
+        flops=case.flops,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
     )
     if provider == peers.OURS:
-        benchmark.extra_info["backend"] = _backends.select(case.op, "auto", *inputs)
+        benchmark.extra_info["backend"] = case.backend("auto")
     loss = peers.named(case.op, provider).build(False)
-    benchmark(measure.call(loss, inputs, case.mode))
+    benchmark(case.call(loss, inputs))

@@ -43,18 +43,19 @@ def passing(suite: ModuleType, row) -> list[dict[str, Any]]:
     rows = [
         row(
             op=t.op,
-            mode="full",
+            group=t.group,
+            mode=t.mode,
             dtype=t.dtype,
-            n=n,
-            m=n,
-            d=d,
+            shape=shape,
             workspace_mb=t.workspace_mb,
             speedup=t.geomean * 1.01,
+            ratios={"sdpa": 3.01, "eager_batched": 0.5},
             other_load=0.1,
             roofline_pct=50.0,
         )
         for t in targets.SPEED
-        for n, d in t.shapes
+        if t.floor  # without one a target looks at the rows of another
+        for shape in t.shapes
     ]
     n, d = targets.MEMORY_SHAPE
     rows += [
@@ -84,9 +85,21 @@ def test_check_holds_where_every_target_does(suite: ModuleType, passing, capsys)
 @pytest.mark.parametrize(
     ("where", "changed", "reason"),
     [
-        ({"op": "clip_loss", "dtype": "fp32", "n": 4096}, {"speedup": 1.24}, "worst 1.24x"),
+        (
+            {"op": "clip_loss", "dtype": "fp32", "shape": "4096x512"},
+            {"speedup": 1.24},
+            "worst 1.24x",
+        ),
         ({"workspace_mb": 16}, {"speedup": 1.04}, "1.04x"),
         ({"op": "siglip_loss"}, {"counts": False, "backend": "reference"}, "backend reference"),
+        ({"op": "attention", "mode": "fwd"}, {"speedup": 1.34}, "attention dense fwd fp32"),
+        (
+            {"group": "dense", "dtype": "bf16"},
+            {"ratios": {"sdpa": 1.0, "eager": 9.0}},
+            "against sdpa",
+        ),
+        ({"group": "packed"}, {"ratios": {"sdpa_mask": 1.0}}, "worst 1.00x"),
+        ({"group": "packed"}, {"counts": False, "backend": "reference"}, "attention packed"),
         ({"op": "siglip_loss"}, {"status": "error", "reason": "Boom: no"}, "Boom: no"),
         ({"kind": "time"}, {"speedup": None}, "no peer ran"),
         ({"kind": "memory", "dtype": "fp32"}, {"peak_mib": 40.1}, "40.1 MiB"),
@@ -135,7 +148,7 @@ def test_check_of_a_run_that_measured_nothing_fails(suite: ModuleType, row, caps
 
 
 def test_check_says_how_many_shapes_were_run(suite: ModuleType, passing) -> None:
-    kept = [r for r in passing if r["kind"] == "time" and r["n"] == 2048]
+    kept = [r for r in passing if r["kind"] == "time" and r["shape"].startswith("2048x")]
     held = [verdict for verdict in suite.targets.check(kept) if verdict.ok]
     held = [verdict for verdict in held if "full" in verdict.what]
     assert len(held) == 4
@@ -195,7 +208,7 @@ def test_what_fails_or_does_not_fit_is_a_row_with_a_reason(suite: ModuleType, mo
     def broken(*_: object) -> None:
         raise RuntimeError("the peer\nhas two lines")
 
-    case = suite.measure.Case("clip_loss", "full", "fp32", 16, 16, 8)
+    case = suite.peers.contrastive.Case("clip_loss", "full", "fp32", 16, 16, 8)
     settings = suite.measure.Settings(repeats=1, min_time=0.0)
     rows = suite.measure.time_case(case, [provider(suite, "broken", broken)], settings)
     assert (rows[0].status, rows[0].reason, rows[0].ms) == ("error", "RuntimeError: the peer", None)
@@ -258,7 +271,7 @@ def test_the_roofline_keeps_the_better_of_two(suite: ModuleType) -> None:
 
 
 def test_memory_sees_the_matrices_that_a_peer_holds(suite: ModuleType) -> None:
-    case = suite.measure.Case("clip_loss", "full", "fp32", 2048, 2048, 16)
+    case = suite.peers.contrastive.Case("clip_loss", "full", "fp32", 2048, 2048, 16)
     settings = suite.measure.Settings()
     (peer,) = suite.peers.choose("clip_loss", "open_clip")
     row = suite.measure.memory_case(case, peer, settings)
@@ -274,10 +287,12 @@ def test_costs(suite: ModuleType, monkeypatch) -> None:
     monkeypatch.setattr(suite.cost, "_CALLS", 5)
     monkeypatch.setattr(suite.cost, "_ROUNDS", 2)
     threads = torch.get_num_threads()
-    rows = suite.cost.overhead("clip_loss")
-    assert torch.get_num_threads() == threads
-    assert [r.name for r in rows] == ["call, no gradients", "call, gradients", "call and backward"]
-    assert all(r.value is not None or r.reason for r in rows)
+    names = ["call, no gradients", "call, gradients", "call and backward"]
+    for op in ("clip_loss", "attention"):
+        rows = suite.cost.overhead(op)
+        assert torch.get_num_threads() == threads
+        assert [(r.name, r.op) for r in rows] == [(name, op) for name in names]
+        assert all(r.value is not None or r.reason for r in rows)
     assert 0 < suite.cost.import_seconds(runs=1) < 5
 
 
@@ -320,3 +335,125 @@ def test_a_commit_travels_in_a_file(suite: ModuleType, monkeypatch, tmp_path) ->
         assert suite.record.this_commit() == ("abc123", True)
     finally:
         suite.record.this_commit.cache_clear()
+
+
+# --- attention ---
+
+SMALL = (
+    "2x3x37x24",
+    "2x3x32x57x24",
+    "windows:2x256x24",
+    "images:1x16",
+    "prefix_lm:2x2x128x16",
+    "image_blocks:2x2x128x16",
+    "per_image:2x2x128x16",
+)
+
+
+@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.parametrize(("mode", "dtype"), [("full", "fp32"), ("fwd", "bf16")])
+def test_ours_and_the_peers_compute_the_same(suite: ModuleType, shape, mode, dtype) -> None:
+    """The peers from the rule of a pattern, ours from its kv_range or cu_seqlens."""
+    attention = suite.peers.attention
+    case = attention.parse(shape, mode, dtype)
+    mine = [suite.peers.ours("attention", None, backend) for backend in ("cpu", "reference")]
+    rivals = [peer for peer in attention.peers("attention") if case.takes(peer)]
+    assert rivals
+    for provider in [*mine, *rivals]:
+        # what compiles for seconds is called once, below; the mask of the images has 24 M entries
+        if provider.name == "flex" or (case.pattern, provider.name) == ("images", "sdpa_mask"):
+            continue
+        errors, _ = suite.measure._error(case, provider, suite.measure.Settings())
+        grads = {"query", "key", "value"} if mode == "full" else set()
+        assert set(errors) == {"out"} | grads
+        assert max(errors.values()) < (2e-6 if dtype == "fp32" else 1e-2), (provider, errors)
+
+
+def test_flex_attention_computes_the_same_and_has_no_backward(suite: ModuleType) -> None:
+    attention = suite.peers.attention
+    (flex,) = suite.peers.choose("attention", "flex")
+    settings = suite.measure.Settings(repeats=1, min_time=0.0)
+    (row,) = suite.measure.time_case(attention.parse(SMALL[4], "fwd", "fp32"), [flex], settings)
+    assert (row.status, row.reason) == ("ok", "")
+    assert row.err["out"] < 2e-6
+    (row,) = suite.measure.time_case(attention.parse(SMALL[4], "full", "fp32"), [flex], settings)
+    assert row.status == ("ok" if torch.cuda.is_available() else "skipped")
+
+
+def test_what_is_wrong_is_not_timed(suite: ModuleType) -> None:
+    def unscaled(query, key, value):
+        return (query @ key.mT).softmax(-1) @ value
+
+    case = suite.peers.attention.parse(SMALL[0], "full", "fp32")
+    wrong = provider(suite, "wrong", lambda inputs: unscaled)
+    (row,) = suite.measure.time_case(case, [wrong], suite.measure.Settings(repeats=1, min_time=0))
+    assert (row.status, row.ms) == ("error", None)
+    assert "wrong: errors above 0.0001" in row.reason
+
+
+def test_attention_has_the_shapes_of_the_targets(suite: ModuleType) -> None:
+    attention = suite.peers.attention
+    for group, shapes in suite.targets.ATTENTION.items():
+        for shape in shapes:
+            case = attention.parse(shape, "fwd", "bf16")
+            assert (case.shape, case.group) == (shape, group)
+            assert attention.parse(shape, "full", "bf16").flops == 3.5 * case.flops
+    # four products of 2 H D for each pair of a query and a key it sees
+    dense = attention.parse("8x12x197x64", "fwd", "fp32")
+    assert dense.flops == 4 * 8 * 12 * 197 * 197 * 64
+    windows = attention.parse("windows:16x4096x80", "fwd", "fp32")
+    assert windows.flops == 4 * 16 * 4096 * 64 * 80
+    prefix = attention.parse("prefix_lm:2x1x16x1", "fwd", "fp32")
+    seen = sum(max(q + 1, 4 + batch + 1) for batch in range(2) for q in range(16))
+    assert prefix.flops == 4 * seen
+
+
+@pytest.mark.parametrize("shape", ["3x4", "nobody:2x3x4x5", "windows:2x100x8", "images:1x2x3"])
+def test_a_shape_that_attention_does_not_have_is_refused(suite: ModuleType, shape, capsys) -> None:
+    assert suite.__main__.main(["run", "--op", "attention", "--shapes", shape]) == 2
+    printed = capsys.readouterr().err
+    assert "--shapes" in printed
+    assert shape in printed
+
+
+def test_run_of_attention(suite: ModuleType, tmp_path, monkeypatch, capsys) -> None:
+    # the limit is measured in the run of the losses
+    limits = suite.roofline.Roofline({"bf16": 1e12}, {"bf16": "mm"}, 1e11)
+    monkeypatch.setattr(suite.roofline, "measure", lambda *_: limits)
+    file, picture = str(tmp_path / "rows.jsonl"), tmp_path / "plot.png"
+    command = "run --quick --op attention --mode fwd,full --dtype bf16 --repeats 2 --min-time 0"
+    command += f" --json {file} --plot {picture} --peers sdpa,sdpa_mask"
+    command += f" --shapes {','.join((SMALL[0], SMALL[2], SMALL[4]))}"
+    assert suite.__main__.main(command.split()) == 0
+    rows = suite.record.read(file)
+    assert len(rows) == 3 * 2 * 2  # shapes, modes, ours and the peer of that shape
+    for r in rows:
+        assert (r["status"], r["reason"]) == ("ok", "")
+        assert r["shape"] in r["repro"]
+        assert r["counts"] == (r["ours"] and r["backend"] == "cpu")
+        assert set(r["ratios"]) == {r["best_peer"]}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert suite.__main__.main(["report", file, "--readme"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| attention dense | forward | bf16 | 2x3x37x24 |") == 1
+
+
+def test_memory_of_attention_sees_the_matrices_that_eager_holds(suite: ModuleType) -> None:
+    case = suite.peers.attention.parse("1x4x1024x16", "fwd", "fp32")
+    settings = suite.measure.Settings()
+    (eager,) = suite.peers.choose("attention", "eager")
+    row = suite.measure.memory_case(case, eager, settings)
+    assert (row.status, row.reason) == ("ok", "")
+    assert row.peak_mib > 1.5 * 4 * 1024**2 * 4 / 2**20
+    ours = suite.measure.memory_case(case, suite.peers.ours("attention"), settings)
+    assert (ours.status, ours.reason) == ("ok", "")
+    assert ours.peak_mib < row.peak_mib / 2
+
+
+def test_results_of_the_losses_are_still_read(suite: ModuleType, capsys) -> None:
+    for file in (ROOT / "benchmarks" / "results").glob("*/contrastive.jsonl"):
+        rows = suite.record.read(str(file))
+        assert {r["shape"] for r in rows if r["kind"] == "time"} >= {"2048x512", "8192x768"}
+        assert suite.__main__.main(["report", str(file)]) == 0
+        assert "clip_loss full bf16 4096x768" in capsys.readouterr().out

@@ -31,6 +31,7 @@ PUBLIC = [
     "nn",
     "per_image_cross_attention",
     "prefix_lm",
+    "register_attention",
     "rope_1d",
     "rope_2d",
     "siglip_loss",

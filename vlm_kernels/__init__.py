@@ -15,6 +15,7 @@ from typing import Any
 from . import _backends, _load, nn
 from ._version import __version__
 from .collect_env import collect_env
+from .integrations.transformers import register_attention
 from .ops.attention import (
     attention,
     attention_varlen,
@@ -43,6 +44,7 @@ __all__ = [
     "nn",
     "per_image_cross_attention",
     "prefix_lm",
+    "register_attention",
     "rope_1d",
     "rope_2d",
     "siglip_loss",

@@ -188,9 +188,9 @@ class Backward {
     }
     if (scratch_.key_norm) std::memset(scratch_.key_norm, 0, heads * plan_.splits * norm);
     const auto unit = [&](int64_t head, int64_t split, int thread) {
-      const int64_t rank = head / in_.kv_heads;
-      const int64_t segment = scratch_.order ? scratch_.order[rank] : rank;
-      unit_of(segment, head % in_.kv_heads, split, thread);
+      const int64_t segment = segment_of(head);
+      Ahead ahead = plan_.splits == 1 ? after(head) : Ahead{};
+      unit_of(segment, head % in_.kv_heads, split, ahead, thread);
       gemm_.release();
     };
     if (plan_.in_turn) {
@@ -213,10 +213,45 @@ class Backward {
   }
 
  private:
+  // What this thread's next unit will probably read.
+  struct Ahead {
+    Prefetch query, key, value, grad, out;
+    int64_t at = 0;
+
+    __attribute__((always_inline)) void row() {
+      query.row(at);
+      key.row(at);
+      value.row(at);
+      grad.row(at);
+      out.row(at++);
+    }
+  };
+
+  Ahead after(int64_t unit) const {
+    unit += num_threads();
+    if (unit >= in_.segment_count * in_.kv_heads) return {};
+    const AttentionSegment& s = in_.segments[segment_of(unit)];
+    const int64_t kv_head = unit % in_.kv_heads, head = kv_head * group();
+    const auto queries = [&](const HeadsRef& x, int64_t dim) {
+      return Prefetch(head_rows(x, in_.dtype, s, head, s.query_begin, s.queries, dim), in_.dtype);
+    };
+    const auto keys = [&](const HeadsRef& x, int64_t dim) {
+      return Prefetch(head_rows(x, in_.dtype, s, kv_head, s.key_begin, s.keys, dim), in_.dtype);
+    };
+    return {queries(in_.query, in_.head_dim), keys(in_.key, in_.head_dim),
+            keys(in_.value, in_.value_dim), queries(grad_, in_.value_dim),
+            queries(out_, in_.value_dim)};
+  }
+
+  // Of the i-th (segment, key head) in order of work.
+  int64_t segment_of(int64_t i) const {
+    return scratch_.order ? scratch_.order[i / in_.kv_heads] : i / in_.kv_heads;
+  }
+
   int64_t group() const { return in_.heads / in_.kv_heads; }
   int64_t tile_begin(int64_t tile) const { return tile * plan_.tile; }
 
-  void unit_of(int64_t index, int64_t kv_head, int64_t split, int thread) {
+  void unit_of(int64_t index, int64_t kv_head, int64_t split, Ahead& ahead, int thread) {
     const AttentionSegment& segment = in_.segments[index];
     Buffers<T> b;
     carve_thread<T>(in_, plan_, scratch_.threads + thread * scratch_.thread_bytes, &b);
@@ -239,7 +274,7 @@ class Backward {
         const int64_t at = group() > 1 ? k - own.begin : 0;
         float* key_grad = b.key_grad + at * plan_.ldk;
         float* value_grad = b.value_grad + at * plan_.ldv;
-        key_block(segment, head, keys, own.begin, g > 0, key_grad, value_grad, b);
+        key_block(segment, head, keys, own.begin, g > 0, key_grad, value_grad, ahead, b);
         if (g == group() - 1) write_keys(index, kv_head, split, keys, key_grad, value_grad);
       }
       if (need_query_) write_queries(index, head, split, b);
@@ -356,7 +391,8 @@ class Backward {
 
   // dK and dV of a block of keys for one head, and its share of dQ^T.
   void key_block(const AttentionSegment& segment, int64_t head, Interval keys, int64_t first,
-                 bool accumulate, float* key_grad, float* value_grad, const Buffers<T>& b) {
+                 bool accumulate, float* key_grad, float* value_grad, Ahead& ahead,
+                 const Buffers<T>& b) {
     const int64_t rows = keys.length(), at = keys.begin - first;
     for (int64_t t = 0; tile_begin(t) < segment.queries; ++t) {
       const int64_t begin = tile_begin(t);
@@ -375,8 +411,8 @@ class Backward {
                   plan_.ldv, b.grad + t * plan_.value_words * plan_.lds + column, plan_.lds, b.dp,
                   plan_.lds, false);
       if (in_.mask.kind != AttentionMask::none) load_mask(segment, head, keys, queries, b);
-      all ? gradients<false>(keys, queries.begin, padded, b)
-          : gradients<true>(keys, queries.begin, padded, b);
+      all ? gradients<false>(keys, queries.begin, padded, ahead, b)
+          : gradients<true>(keys, queries.begin, padded, ahead, b);
       if (grads_.mask) add_mask_grad(segment, head, keys, queries, b);
       if (grads_.value.data) {
         multiply<T>(gemm_, rows, in_.value_dim, depth, reinterpret_cast<const T*>(b.s),
@@ -405,13 +441,14 @@ class Backward {
 
   // P^T = exp(S^T - lse) and dS^T = P^T (dP^T - delta), in T, of `padded` queries from `begin` on.
   template <bool kPartial>
-  void gradients(Interval keys, int64_t begin, int64_t padded, const Buffers<T>& b) {
-    transformed_ ? gradients_as<kPartial, true>(keys, begin, padded, b)
-                 : gradients_as<kPartial, false>(keys, begin, padded, b);
+  void gradients(Interval keys, int64_t begin, int64_t padded, Ahead& ahead, const Buffers<T>& b) {
+    transformed_ ? gradients_as<kPartial, true>(keys, begin, padded, ahead, b)
+                 : gradients_as<kPartial, false>(keys, begin, padded, ahead, b);
   }
 
   template <bool kPartial, bool kTransformed>
-  void gradients_as(Interval keys, int64_t begin, int64_t padded, const Buffers<T>& b) {
+  void gradients_as(Interval keys, int64_t begin, int64_t padded, Ahead& ahead,
+                    const Buffers<T>& b) {
     const int64_t rows = keys.length();
     // One entry: P to `p`, dS returned.
     const auto entry = [&](int64_t r, int64_t q, T* p) {
@@ -448,6 +485,7 @@ class Backward {
       T* p = reinterpret_cast<T*>(b.s + r * plan_.lds);
       T* ds = reinterpret_cast<T*>(b.dp + r * plan_.lds);
       const int64_t next = plan_.lds * kPerWord<T>;  // elements to the next row
+      for (int64_t i = 0; i < kPerWord<T>; ++i) ahead.row();
       if constexpr (sizeof(T) == 4) {
         for (int64_t q = 0; q < padded; q += kLanes) put(ds + q, entry(r, q, p));
       } else {

@@ -193,12 +193,14 @@ struct HeadAffine {
 
 // What a block of rows summed lane by lane, a vector a row; the rows' sums come all at once.
 struct RowSums {
-  alignas(64) float lanes[kRowBlock * kLanes] = {};
+  alignas(64) float lanes[kRowBlock * kLanes];
 
-  VLM_INLINE vf total(const RowSums& sums) {
+  VLM_INLINE vf total(const RowSums& sums, int64_t rows) {
     vu v[kRowBlock];
 #pragma GCC unroll 16
-    for (int64_t r = 0; r < kRowBlock; ++r) v[r] = (vu)load(sums.lanes + r * kLanes);
+    for (int64_t r = 0; r < kRowBlock; ++r) {
+      v[r] = r < rows ? (vu)load(sums.lanes + r * kLanes) : vu{};
+    }
     transpose16(v);
     vf a = {}, b = {};
 #pragma GCC unroll 8
@@ -238,7 +240,7 @@ struct StagedRows {
       store(sums.lanes + r * kLanes, sum);
     }
     if (layer) {
-      store(mean, RowSums::total(sums) * each);
+      store(mean, RowSums::total(sums, rows) * each);
       for (int64_t r = 0; r < rows; ++r) {
         const float* row = x + r * kStagedStride;
         const float mu = mean[r];
@@ -250,7 +252,7 @@ struct StagedRows {
         store(sums.lanes + r * kLanes, squares);
       }
     }
-    store(inverse, 1.f / sqrt(RowSums::total(sums) * each + eps));
+    store(inverse, 1.f / sqrt(RowSums::total(sums, rows) * each + eps));
   }
 
   void read(const char* src, int64_t stride, DType dtype, int64_t d, int64_t first, int64_t rows,
@@ -428,7 +430,11 @@ static inline void norm_rows_backward(const float* grad, int64_t ld, const char*
     staged.read(src, row_stride, dtype, d, first, count, norm);
     rotate_rows_back(grad + first * ld, ld, count, d, rope, first, before, kStagedStride);
     // A block's sums on their own first: a long chain of additions would drift.
-    alignas(64) float dw[kMaxHeadDim] = {}, db[kMaxHeadDim] = {};
+    alignas(64) float dw[kMaxHeadDim], db[kMaxHeadDim];
+    for (int64_t j = 0; j < d; j += kLanes) {
+      store(dw + j, vf{});
+      store(db + j, vf{});
+    }
     RowSums along, total;
     for (int64_t r = 0; r < count; ++r) {
       const float* g = before + r * kStagedStride;
@@ -448,8 +454,8 @@ static inline void norm_rows_backward(const float* grad, int64_t ld, const char*
       store(total.lanes + r * kLanes, sum);
     }
     alignas(64) float slope[kRowBlock], shift[kRowBlock] = {};
-    store(slope, RowSums::total(along) * each);
-    if (norm.kind == HeadNorm::layer) store(shift, RowSums::total(total) * each);
+    store(slope, RowSums::total(along, count) * each);
+    if (norm.kind == HeadNorm::layer) store(shift, RowSums::total(total, count) * each);
     for (int64_t r = 0; r < count; ++r) {
       const float* g = before + r * kStagedStride;
       const float* row = staged.x + r * kStagedStride;

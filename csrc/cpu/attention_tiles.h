@@ -139,6 +139,7 @@ inline MatrixRef head_rows(const HeadsRef& x, DType dtype, const AttentionSegmen
 inline MutableMatrixRef head_rows(const MutableHeadsRef& x, DType dtype,
                                   const AttentionSegment& segment, int64_t head, int64_t begin,
                                   int64_t rows, int64_t dim) {
+  if (!x.data) return {nullptr, rows, dim, x.row_stride};
   const MatrixRef view = head_rows(HeadsRef{x.data, x.batch_stride, x.head_stride, x.row_stride},
                                    dtype, segment, head, begin, rows, dim);
   return {x.data ? const_cast<void*>(view.data) : nullptr, rows, dim, view.stride};

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import vlm_kernels
 from vlm_kernels.ops import _kv_range as kv
 from vlm_kernels.ops import _rope as rope
 
@@ -308,6 +310,26 @@ def test_intersect_and_to_mask() -> None:
     # What does not meet sees nothing; heads may differ.
     heads = torch.cat([kv.padding(2, 6), kv.padding(4, 6, side="left")], dim=1)
     assert kv.to_mask(kv.intersect(heads, kv.padding(2, 6)), 6).sum((2, 3)).tolist() == [[12, 0]]
+
+
+@pytest.mark.parametrize(
+    "kv_range",
+    [
+        kv.image_blocks(IMAGE_IDS),
+        kv.intersect(kv.padding([3, 12], 12, side="left"), kv.prefix_lm([4, 5], 12)),
+        kv.per_image_cross_attention(torch.tensor([[-1, 0, 1, 2], [0, 0, 5, 9]]), 4),
+        kv.from_cu_seqlens(torch.tensor([0, 3, 3, 10]), 12, is_causal=True),
+    ],
+    ids=["image_blocks", "padding and prefix_lm", "per_image", "from_cu_seqlens"],
+)
+def test_attention_takes_them(kv_range: Tensor) -> None:
+    """Images that are not there included: their ranges lie behind the last key."""
+    query = torch.randn(2, 2, kv_range.shape[2], 24)
+    key, value = torch.randn(2, 2, 2, 12, 24)
+    mask = kv.to_mask(kv_range, 12)
+    theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    theirs = torch.where(mask.any(-1, keepdim=True), theirs, 0.0)
+    close(vlm_kernels.attention(query, key, value, kv_range=kv_range), theirs)
 
 
 # Rotary tables ----------------------------------------------------------------------------------

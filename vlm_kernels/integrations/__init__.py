@@ -1,1 +1,1 @@
-"""Adapters to other libraries: Hugging Face transformers, timm, open_clip."""
+"""Adapters to other libraries: Hugging Face transformers, and the calls of flash-attn."""
