@@ -141,7 +141,7 @@ class Forward {
         plan_(make_plan<T>(in)),
         ldq_(round_up(in.head_dim, 16)),
         gemm_{sizeof(T) == 2 || brgemm_runs_f32()},
-        transformed_(in.mask.kind != AttentionMask::none || in.softcap > 0.f),
+        transformed_(in.mask.kind != AttentionMask::none || in.softcap > 0.f || in.scale == 0.f),
         exponent_(__builtin_fabsf(in.scale) * kLog2e),
         unit_(transformed_ ? kLog2e : 1.f) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(scratch);
@@ -473,7 +473,7 @@ class Forward {
   const Plan plan_;
   const int64_t ldq_;
   const Gemm gemm_;
-  const bool transformed_;  // S is more than a product: see transform()
+  const bool transformed_;  // S is more than a product, or less (0): see transform()
   const float exponent_;    // from a product to an exponent of 2
   const float unit_;        // from a maximum to an exponent of 2
   Scratch scratch_;
