@@ -108,8 +108,8 @@ int64_t carve_thread(const AttentionInputs& in, const Plan& p, char* base, Buffe
   buffers.prepared = arena.take<T>(prepares ? p.key_block * round_up(in.head_dim, 16) : 0);
   buffers.s = arena.take<float>(p.rows * p.lds);
   buffers.out = arena.take<float>(p.rows * p.ldv);
-  buffers.max = arena.take<float>(p.rows);
-  buffers.sum = arena.take<float>(p.rows);
+  buffers.max = arena.take<float>(round_up(p.rows, 16));
+  buffers.sum = arena.take<float>(round_up(p.rows, 16));
   if (b) *b = buffers;
   return arena.used;
 }
@@ -409,26 +409,41 @@ class Forward {
     }
   }
 
-  // O / sum and the log-sum-exp of a tile.
+  // From the maxima and sums of 16 rows: log-sum-exp, and what O is still to be multiplied by.
+  // A sum is at least 1, that of the maximum's own term, unless a row saw nothing.
+  VLM_INLINE void finish(float* max_to_lse, float* sum_to_factor, float unit) {
+    const vf maximum = load(max_to_lse), sum = load(sum_to_factor), none = {};
+    const vf shift = maximum == kNegativeInfinity ? none : maximum;
+    store(max_to_lse,
+          sum == 0.f ? none + kNegativeInfinity : shift * (unit * kLn2) + log1p(sum - 1.f));
+    store(sum_to_factor, sum == 0.f ? none : 1.f / sum);
+  }
+
   void write(const QueryRows& rows, const QueryTile& tile, const Buffers<T>& b) {
-    for (int64_t r = 0; r < tile.rows(); ++r) {
-      write_row(rows, tile.begin + r, b.out + r * plan_.ldv, b.max[r], b.sum[r]);
+    for (int64_t r = 0; r < tile.rows(); r += kLanes) finish(b.max + r, b.sum + r, unit_);
+    for (int64_t r = tile.begin; r < tile.end;) {
+      const int64_t head = rows.head(r), query = rows.query(r);
+      const int64_t count = min(tile.end - r, rows.segment.queries - query);
+      const int64_t at = r - tile.begin;
+      write_rows(rows.segment, head, query, count, b.out + at * plan_.ldv, b.max + at, b.sum + at);
+      r += count;
     }
   }
 
-  void write_row(const QueryRows& rows, int64_t row, const float* o, float maximum, float sum) {
-    const AttentionSegment& segment = rows.segment;
-    const int64_t head = rows.head(row), query = segment.query_begin + rows.query(row);
-    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-    const int64_t at =
-        segment.batch * out_.batch_stride + head * out_.head_stride + query * out_.row_stride;
-    for (int64_t d = 0; d < in_.value_dim; d += kLanes) {
-      store_as(out_.data, in_.dtype, at + d, load(o + d) * inverse, in_.value_dim - d);
+  void write_rows(const AttentionSegment& segment, int64_t head, int64_t query, int64_t count,
+                  const float* o, const float* lse, const float* factor) {
+    const MutableMatrixRef to = head_rows(out_, in_.dtype, segment, head,
+                                          segment.query_begin + query, count, in_.value_dim);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t d = 0; d < in_.value_dim; d += kLanes) {
+        store_as(to.data, in_.dtype, r * to.stride + d, load(o + r * plan_.ldv + d) * factor[r],
+                 in_.value_dim - d);
+      }
     }
     if (lse_) {
-      const float shift = maximum == kNegativeInfinity ? 0.f : maximum;
-      lse_[segment.batch * in_.lse_batch_stride + head * in_.lse_head_stride + query] =
-          sum == 0.f ? kNegativeInfinity : shift * unit_ * kLn2 + __builtin_logf(sum);
+      std::memcpy(lse_ + segment.batch * in_.lse_batch_stride + head * in_.lse_head_stride +
+                      segment.query_begin + query,
+                  lse, count * sizeof(float));
     }
   }
 
@@ -444,26 +459,27 @@ class Forward {
 
   void combine(int64_t index, int64_t kv_head) {
     const QueryRows rows{in_, in_.segments[index], kv_head};
+    const int64_t first = scratch_.first[index] + kv_head * rows.count();
     for (int64_t r = 0; r < rows.count(); ++r) {
-      const int64_t at = scratch_.first[index] + kv_head * rows.count() + r;
-      float maximum = kNegativeInfinity;
+      alignas(64) float maximum[kLanes] = {}, sum[kLanes] = {};
+      maximum[0] = kNegativeInfinity;
       for (int64_t i = 0; i < plan_.splits; ++i) {
-        const float m = scratch_.max[i * plan_.total_rows + at];
-        maximum = m > maximum ? m : maximum;
+        const float m = scratch_.max[i * plan_.total_rows + first + r];
+        maximum[0] = m > maximum[0] ? m : maximum[0];
       }
-      const float shift = maximum == kNegativeInfinity ? 0.f : maximum;
-      float sum = 0.f;
-      float* o = scratch_.out + at * plan_.ldv;  // of the first part, which takes the others' in
+      const float shift = maximum[0] == kNegativeInfinity ? 0.f : maximum[0];
+      float* o = scratch_.out + (first + r) * plan_.ldv;  // of the first part: takes the others' in
       for (int64_t i = 0; i < plan_.splits; ++i) {
-        const int64_t from = i * plan_.total_rows + at;
+        const int64_t from = i * plan_.total_rows + first + r;
         const float factor = __builtin_exp2f((scratch_.max[from] - shift) * unit_);
-        sum += scratch_.sum[from] * factor;
+        sum[0] += scratch_.sum[from] * factor;
         for (int64_t d = 0; d < plan_.ldv; d += kLanes) {
           const vf part = load(scratch_.out + from * plan_.ldv + d) * factor;
           store(o + d, i == 0 ? part : load(o + d) + part);
         }
       }
-      write_row(rows, r, o, maximum, sum);
+      finish(maximum, sum, unit_);
+      write_rows(rows.segment, rows.head(r), rows.query(r), 1, o, maximum, sum);
     }
   }
 
