@@ -287,7 +287,7 @@ class Forward {
         head_rows(out_, in_.dtype, rows.segment, rows.head(tile.begin),
                   rows.segment.query_begin + rows.query(tile.begin),
                   min(count, rows.segment.queries - rows.query(tile.begin)), in_.value_dim);
-    const Prefetch results({to.data, to.rows, to.cols, to.stride}, in_.dtype);
+    const Prefetch results(to, in_.dtype);
     keys = {keys.begin - first, keys.end - first};
     keys.begin &= ~int64_t{1};  // rows of V come in pairs
     bool accumulate = false;
@@ -435,10 +435,7 @@ class Forward {
     const MutableMatrixRef to = head_rows(out_, in_.dtype, segment, head,
                                           segment.query_begin + query, count, in_.value_dim);
     for (int64_t r = 0; r < count; ++r) {
-      for (int64_t d = 0; d < in_.value_dim; d += kLanes) {
-        store_as(to.data, in_.dtype, r * to.stride + d, load(o + r * plan_.ldv + d) * factor[r],
-                 in_.value_dim - d);
-      }
+      write_row<T>(o + r * plan_.ldv, factor[r], to, r, in_.dtype);
     }
     if (lse_) {
       std::memcpy(lse_ + segment.batch * in_.lse_batch_stride + head * in_.lse_head_stride +

@@ -189,7 +189,7 @@ class Backward {
     if (scratch_.key_norm) std::memset(scratch_.key_norm, 0, heads * plan_.splits * norm);
     const auto unit = [&](int64_t head, int64_t split, int thread) {
       const int64_t segment = segment_of(head);
-      Ahead ahead = plan_.splits == 1 ? after(head) : Ahead{};
+      Ahead ahead = plan_.splits == 1 ? ahead_of(head) : Ahead{};
       unit_of(segment, head % in_.kv_heads, split, ahead, thread);
       gemm_.release();
     };
@@ -216,6 +216,8 @@ class Backward {
   // What this thread's next unit will probably read.
   struct Ahead {
     Prefetch query, key, value, grad, out;
+    // And what this one will write.
+    Prefetch query_grad = {}, key_grad = {}, value_grad = {};
     int64_t at = 0;
 
     __attribute__((always_inline)) void row() {
@@ -223,24 +225,41 @@ class Backward {
       key.row(at);
       value.row(at);
       grad.row(at);
-      out.row(at++);
+      out.row(at);
+      query_grad.row<1>(at);
+      key_grad.row<1>(at);
+      value_grad.row<1>(at++);
     }
   };
 
-  Ahead after(int64_t unit) const {
+  Ahead ahead_of(int64_t unit) const {
+    Ahead a{};
+    const int64_t now = segment_of(unit), kv_head = unit % in_.kv_heads;
+    a.query_grad = queries(grads_.query, now, kv_head, in_.head_dim);
+    a.key_grad = keys(grads_.key, now, kv_head, in_.head_dim);
+    a.value_grad = keys(grads_.value, now, kv_head, in_.value_dim);
     unit += num_threads();
-    if (unit >= in_.segment_count * in_.kv_heads) return {};
-    const AttentionSegment& s = in_.segments[segment_of(unit)];
-    const int64_t kv_head = unit % in_.kv_heads, head = kv_head * group();
-    const auto queries = [&](const HeadsRef& x, int64_t dim) {
-      return Prefetch(head_rows(x, in_.dtype, s, head, s.query_begin, s.queries, dim), in_.dtype);
-    };
-    const auto keys = [&](const HeadsRef& x, int64_t dim) {
-      return Prefetch(head_rows(x, in_.dtype, s, kv_head, s.key_begin, s.keys, dim), in_.dtype);
-    };
-    return {queries(in_.query, in_.head_dim), keys(in_.key, in_.head_dim),
-            keys(in_.value, in_.value_dim), queries(grad_, in_.value_dim),
-            queries(out_, in_.value_dim)};
+    if (unit >= in_.segment_count * in_.kv_heads) return a;
+    const int64_t next = segment_of(unit), head = unit % in_.kv_heads;
+    a.query = queries(in_.query, next, head, in_.head_dim);
+    a.key = keys(in_.key, next, head, in_.head_dim);
+    a.value = keys(in_.value, next, head, in_.value_dim);
+    a.grad = queries(grad_, next, head, in_.value_dim);
+    a.out = queries(out_, next, head, in_.value_dim);
+    return a;
+  }
+  template <class Ref>
+  Prefetch queries(const Ref& x, int64_t index, int64_t kv_head, int64_t dim) const {
+    const AttentionSegment& s = in_.segments[index];
+    if (!x.data) return {};
+    return {head_rows(x, in_.dtype, s, kv_head * group(), s.query_begin, s.queries, dim),
+            in_.dtype};
+  }
+  template <class Ref>
+  Prefetch keys(const Ref& x, int64_t index, int64_t kv_head, int64_t dim) const {
+    const AttentionSegment& s = in_.segments[index];
+    if (!x.data) return {};
+    return {head_rows(x, in_.dtype, s, kv_head, s.key_begin, s.keys, dim), in_.dtype};
   }
 
   // Of the i-th (segment, key head) in order of work.
@@ -608,12 +627,7 @@ class Backward {
   }
 
   void write_rows(const float* from, int64_t ld, float factor, const MutableMatrixRef& to) {
-    for (int64_t r = 0; r < to.rows; ++r) {
-      for (int64_t d = 0; d < to.cols; d += kLanes) {
-        store_as(to.data, in_.dtype, r * to.stride + d, load(from + r * ld + d) * factor,
-                 to.cols - d);
-      }
-    }
+    for (int64_t r = 0; r < to.rows; ++r) write_row<T>(from + r * ld, factor, to, r, in_.dtype);
   }
 
   // 16 rows of dQ from dQ^T, (16, ldk).

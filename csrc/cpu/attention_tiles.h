@@ -117,6 +117,8 @@ struct Prefetch {
         rows(x.rows),
         stride(x.stride * element_size(dtype)),
         bytes(x.cols * element_size(dtype)) {}
+  Prefetch(const MutableMatrixRef& x, DType dtype)
+      : Prefetch(MatrixRef{x.data, x.rows, x.cols, x.stride}, dtype) {}
 
   // GCC takes a function that only prefetches for one without effect, unless it is inlined.
   template <int kWrite = 0>
@@ -193,6 +195,16 @@ struct SourceHead {
 
 template <class T>
 constexpr DType kDType = sizeof(T) == 4 ? DType::f32 : DType::bf16;
+
+// to = factor * from (rows, ld).
+template <class T>
+VLM_INLINE void write_row(const float* from, float factor, const MutableMatrixRef& to, int64_t row,
+                          DType dtype) {
+  for (int64_t d = 0; d < to.cols; d += kLanes) {
+    store_as<sizeof(T) == 2>(to.data, dtype, row * to.stride + d, load(from + d) * factor,
+                             to.cols - d);
+  }
+}
 
 // Half-open.
 struct Interval {
