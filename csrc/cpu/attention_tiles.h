@@ -50,18 +50,68 @@ VLM_INLINE vf tanh(vf x) {
   return x < 0.f ? -r : r;
 }
 
+// C (kRows, n) = A (kRows, k) B (k, n) [+ C] of n <= 8 columns; B in words, 8 of which can be read.
+// Head dims such as 72 and 88 end in 8 columns, for which brgemm takes the time of 16.
+template <int kRows, class T>
+VLM_INLINE void multiply_narrow(int64_t k, int64_t n, const T* a, int64_t lda, const uint32_t* b,
+                                int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  vf8 sums[kRows] = {};
+  for (int64_t i = 0; i < k; i += kPerWord<T>) {
+    vf8 row;
+    std::memcpy(&row, b + i / kPerWord<T> * ldb, sizeof(row));
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      float word;
+      std::memcpy(&word, a + r * lda + i, sizeof(word));
+      if constexpr (sizeof(T) == 4) {
+        sums[r] += word * row;
+      } else {
+        sums[r] = dot_pairs(sums[r], vf8{word, word, word, word, word, word, word, word}, row);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t j = 0; j < n; ++j) {
+      c[r * ldc + j] = accumulate ? c[r * ldc + j] + sums[r][j] : sums[r][j];
+    }
+  }
+}
+
 // C (m, n) = A (m, k) B (k, n) [+ C]; B in words, `ldb` words a row of them. Columns beyond a
-// multiple of 64 are a product of their own: brgemm spreads them over all others otherwise.
+// multiple of 64 are products of their own: brgemm spreads them over all others otherwise.
 template <class T>
 [[maybe_unused]] static void multiply(const Gemm& gemm, int64_t m, int64_t n, int64_t k, const T* a,
                                       int64_t lda, const uint32_t* b, int64_t ldb, float* c,
                                       int64_t ldc, bool accumulate) {
-  const int64_t whole = n > 64 && n % 64 != 0 && n < 256 ? n & ~int64_t{63} : n;
-  gemm({m, whole, k, lda, ldb, ldc, accumulate}, a, reinterpret_cast<const T*>(b), c);
-  if (whole < n) {
-    gemm({m, n - whole, k, lda, ldb, ldc, accumulate}, a, reinterpret_cast<const T*>(b + whole),
-         c + whole);
+  int64_t done = 0;
+  const auto columns = [&](int64_t count) {
+    if (count > 0) {
+      gemm({m, count, k, lda, ldb, ldc, accumulate}, a, reinterpret_cast<const T*>(b + done),
+           c + done);
+      done += count;
+    }
+  };
+  if (n % 64 == 0 || n >= 256) return columns(n);
+  columns(n & ~int64_t{63});
+#ifdef __AVX512F__
+  const int64_t narrow = n % 16;
+  if (narrow > 0 && narrow <= 8 && n > 16 && k % kPerWord<T> == 0) {
+    columns((n - done) & ~int64_t{15});
+    int64_t r = 0;
+    const auto rows = [&]<int kRows>() {
+      for (; r + kRows <= m; r += kRows) {
+        multiply_narrow<kRows>(k, narrow, a + r * lda, lda, b + done, ldb, c + r * ldc + done, ldc,
+                               accumulate);
+      }
+    };
+    rows.template operator()<12>();
+    rows.template operator()<6>();
+    rows.template operator()<3>();
+    rows.template operator()<1>();
+    return;
   }
+#endif
+  columns(n - done);
 }
 
 // x (R, D) as the B operand x^T: dst (ceil(D / per word), ld) words, columns [R, round_up(R, 16))

@@ -1,5 +1,5 @@
 // Sixteen-lane vectors for the CPU kernels, written once: the compiler lowers them to one zmm, two
-// ymm or four xmm registers. Six AVX-512 instructions that it does not find are named here. Only
+// ymm or four xmm registers. Seven AVX-512 instructions that it does not find are named here. Only
 // for files compiled per ISA (namespace cpu::VLM_ISA); keep STL and torch headers out of those,
 // since an inline function compiled for AVX may win at link time.
 #pragma once
@@ -222,6 +222,18 @@ VLM_INLINE vh to_bf16_native(vf x) {
 #else
   return to_bf16(x);
 #endif
+}
+
+typedef float vf8 __attribute__((vector_size(32)));
+
+// sum + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] of pairs of bf16, where the products run in bf16.
+VLM_INLINE vf8 dot_pairs(vf8 sum, vf8 a, vf8 b) {
+#ifdef __AVX512F__
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+  (void)a, (void)b;
+#endif
+  return sum;
 }
 
 // IEEE half to float: shift the exponent by a multiplication, which also handles subnormals.
