@@ -43,7 +43,7 @@ test: build  ## run the tests
 	env -u OMP_NUM_THREADS $(PY) -m pytest -q -n $(WORKERS) $(ARGS)
 
 bench: build  ## measure every op against its peers, and plot
-	$(PY) -m benchmarks run --peers all --plot $(ARGS)
+	$(PY) -m benchmarks run --op all --peers all --plot $(ARGS)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
