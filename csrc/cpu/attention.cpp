@@ -295,13 +295,13 @@ class Forward {
          ++block) {
       const int64_t start = block * plan_.key_block;
       const Interval part = keys.within({start, start + plan_.key_block});
-      const int64_t columns = round_up(part.length(), 16);
+      // Few sizes for many lengths, so that brgemm need not be compiled for each.
+      const bool whole = !rows.segment.range && !plan_.sorted;
+      const int64_t columns = round_up(part.length(), whole ? kColumns<T> : 16);
+      const int64_t depth = whole ? round_up(part.length(), kPerWord<T>) : columns;
       multiply<T>(gemm_, count, columns, plan_.depth, b.query, ldq_,
                   b.keys + block * plan_.words * plan_.lds + part.begin - start, plan_.lds, b.s,
                   plan_.lds, false);
-      // One length of row for many tiles, so that brgemm need not be compiled for each.
-      const bool whole = tile.uniform && !rows.segment.range && !plan_.sorted;
-      const int64_t depth = whole ? round_up(part.length(), kPerWord<T>) : columns;
       for (int64_t r = 0; r < count; r += kGroup) {
         Row group[kGroup];
         const int64_t rows_left = min(kGroup, count - r);

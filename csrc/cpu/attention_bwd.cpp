@@ -420,13 +420,15 @@ class Backward {
           seeing(b, keys, {begin, min(begin + plan_.tile, segment.queries)}, all);
       if (queries.empty()) continue;
       const int64_t column = queries.begin - begin, count = queries.length();
-      const int64_t padded = round_up(count, 16);
-      // One depth for many lengths, so that brgemm need not be compiled for each.
-      const int64_t depth = ranged_ || plan_.sorted ? padded : round_up(count, kPerWord<T>);
-      multiply<T>(gemm_, rows, padded, plan_.key_words * kPerWord<T>, b.key + at * plan_.ldk,
+      // Few sizes for many lengths, so that brgemm need not be compiled for each.
+      const bool whole = !ranged_ && !plan_.sorted;
+      const int64_t columns = round_up(count, whole ? kColumns<T> : 16),
+                    padded = round_up(count, 16);
+      const int64_t depth = whole ? round_up(count, kPerWord<T>) : padded;
+      multiply<T>(gemm_, rows, columns, plan_.key_words * kPerWord<T>, b.key + at * plan_.ldk,
                   plan_.ldk, b.query + t * plan_.key_words * plan_.lds + column, plan_.lds, b.s,
                   plan_.lds, false);
-      multiply<T>(gemm_, rows, padded, plan_.value_words * kPerWord<T>, b.value + at * plan_.ldv,
+      multiply<T>(gemm_, rows, columns, plan_.value_words * kPerWord<T>, b.value + at * plan_.ldv,
                   plan_.ldv, b.grad + t * plan_.value_words * plan_.lds + column, plan_.lds, b.dp,
                   plan_.lds, false);
       if (in_.mask.kind != AttentionMask::none) load_mask(segment, head, keys, queries, b);
@@ -445,10 +447,9 @@ class Backward {
       }
       if (need_query_) {
         const uint32_t* ds = sizeof(T) == 2 ? b.ds : reinterpret_cast<const uint32_t*>(b.dp);
-        gemm_({in_.head_dim, padded, round_up(rows, kPerWord<T>), plan_.ldt, plan_.lds, plan_.lds,
-               true},
-              b.key_columns + at, reinterpret_cast<const T*>(ds),
-              b.query_grad + t * in_.head_dim * plan_.lds + column);
+        multiply<T>(gemm_, in_.head_dim, columns, round_up(rows, kPerWord<T>), b.key_columns + at,
+                    plan_.ldt, ds, plan_.lds, b.query_grad + t * in_.head_dim * plan_.lds + column,
+                    plan_.lds, true);
       }
       accumulate = true;
     }
