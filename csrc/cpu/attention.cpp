@@ -274,7 +274,7 @@ class Forward {
               Ahead& ahead, const Buffers<T>& b) {
     const int64_t count = tile.rows();
     Interval keys = tile.keys.within(own);
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < round_up(count, 16); ++r) {  // finish() takes whole vectors
       b.max[r] = kNegativeInfinity;
       b.sum[r] = 0.f;
     }
