@@ -251,13 +251,16 @@ class Forward {
                     in_.dtype, round_up(keys.length(), 16) + 16, b.values, plan_.ldv);
   }
 
-  void pack_queries(const QueryRows& rows, const QueryTile& tile, const Buffers<T>& b) {
+  Operand<T> query_rows(const QueryRows& rows, const QueryTile& tile, const Buffers<T>& b) {
     for (int64_t r = tile.begin; r < tile.end;) {
       const int64_t count = min(tile.end - r, rows.segment.queries - rows.query(r));
-      SourceHead::queries(in_, rows.segment, rows.head(r), rows.query(r), count)
-          .prepare(b.query + (r - tile.begin) * ldq_, ldq_);
+      const SourceHead source =
+          SourceHead::queries(in_, rows.segment, rows.head(r), rows.query(r), count);
+      if (count == tile.rows()) return source.operand(b.query, ldq_);
+      source.prepare(b.query + (r - tile.begin) * ldq_, ldq_);
       r += count;
     }
+    return {b.query, ldq_};
   }
 
   struct Row {
@@ -282,7 +285,7 @@ class Forward {
       std::memset(b.out, 0, count * plan_.ldv * sizeof(float));
       return;
     }
-    pack_queries(rows, tile, b);
+    const Operand<T> query = query_rows(rows, tile, b);
     const MutableMatrixRef to =
         head_rows(out_, in_.dtype, rows.segment, rows.head(tile.begin),
                   rows.segment.query_begin + rows.query(tile.begin),
@@ -299,7 +302,7 @@ class Forward {
       const bool whole = !rows.segment.range && !plan_.sorted;
       const int64_t columns = round_up(part.length(), whole ? kColumns<T> : 16);
       const int64_t depth = whole ? round_up(part.length(), kPerWord<T>) : columns;
-      multiply<T>(gemm_, count, columns, plan_.depth, b.query, ldq_,
+      multiply<T>(gemm_, count, columns, plan_.depth, query.data, query.ld,
                   b.keys + block * plan_.words * plan_.lds + part.begin - start, plan_.lds, b.s,
                   plan_.lds, false);
       for (int64_t r = 0; r < count; r += kGroup) {

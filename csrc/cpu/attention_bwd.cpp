@@ -280,7 +280,7 @@ class Backward {
       if (plan_.splits > 1 || segment.queries > 0) no_keys(index, kv_head, split);
       return;
     }
-    load_keys(segment, kv_head, own, b);
+    const Keys loaded = load_keys(segment, kv_head, own, b);
     const int64_t blocks = ceil_div(own.length(), plan_.key_block);
     const int64_t block = ceil_div(own.length(), blocks);  // evenly
     const int64_t block_keys = min(plan_.key_block, round_up(block, 2));
@@ -293,24 +293,31 @@ class Backward {
         const int64_t at = group() > 1 ? k - own.begin : 0;
         float* key_grad = b.key_grad + at * plan_.ldk;
         float* value_grad = b.value_grad + at * plan_.ldv;
-        key_block(segment, head, keys, own.begin, g > 0, key_grad, value_grad, ahead, b);
+        key_block(segment, head, keys, loaded, g > 0, key_grad, value_grad, ahead, b);
         if (g == group() - 1) write_keys(index, kv_head, split, keys, key_grad, value_grad);
       }
       if (need_query_) write_queries(index, head, split, b);
     }
   }
 
-  void load_keys(const AttentionSegment& segment, int64_t kv_head, Interval own,
+  struct Keys {
+    Operand<T> key, value;
+    int64_t first;  // of the segment's keys
+  };
+
+  Keys load_keys(const AttentionSegment& segment, int64_t kv_head, Interval own,
                  const Buffers<T>& b) {
     const int64_t count = own.length();
-    SourceHead::keys(in_, segment, kv_head, own.begin, count).prepare(b.key, plan_.ldk);
-    pack_rows<T>(head_rows(in_.value, in_.dtype, segment, kv_head, segment.key_begin + own.begin,
-                           count, in_.value_dim),
-                 in_.dtype, 0, count, b.value, plan_.ldv);
+    const SourceHead source = SourceHead::keys(in_, segment, kv_head, own.begin, count);
+    const MatrixRef value = head_rows(in_.value, in_.dtype, segment, kv_head,
+                                      segment.key_begin + own.begin, count, in_.value_dim);
+    const Keys keys{source.operand(b.key, plan_.ldk),
+                    rows_operand<T>(value, in_.dtype, b.value, plan_.ldv), own.begin};
     if (need_query_) {
-      pack_transposed<T>({b.key, count, in_.head_dim, plan_.ldk}, kDType<T>, 0, count,
+      pack_transposed<T>({keys.key.data, count, in_.head_dim, keys.key.ld}, kDType<T>, 0, count,
                          b.key_columns, plan_.ldt);
     }
+    return keys;
   }
 
   // Q and dO of a head in both forms; for each query what its exponent and dP are shifted by.
@@ -409,10 +416,10 @@ class Backward {
   }
 
   // dK and dV of a block of keys for one head, and its share of dQ^T.
-  void key_block(const AttentionSegment& segment, int64_t head, Interval keys, int64_t first,
+  void key_block(const AttentionSegment& segment, int64_t head, Interval keys, const Keys& loaded,
                  bool accumulate, float* key_grad, float* value_grad, Ahead& ahead,
                  const Buffers<T>& b) {
-    const int64_t rows = keys.length(), at = keys.begin - first;
+    const int64_t rows = keys.length(), at = keys.begin - loaded.first;
     for (int64_t t = 0; tile_begin(t) < segment.queries; ++t) {
       const int64_t begin = tile_begin(t);
       bool all;
@@ -425,12 +432,12 @@ class Backward {
       const int64_t columns = round_up(count, whole ? kColumns<T> : 16),
                     padded = round_up(count, 16);
       const int64_t depth = whole ? round_up(count, kPerWord<T>) : padded;
-      multiply<T>(gemm_, rows, columns, plan_.key_words * kPerWord<T>, b.key + at * plan_.ldk,
-                  plan_.ldk, b.query + t * plan_.key_words * plan_.lds + column, plan_.lds, b.s,
+      multiply<T>(gemm_, rows, columns, plan_.key_words * kPerWord<T>, loaded.key.row(at),
+                  loaded.key.ld, b.query + t * plan_.key_words * plan_.lds + column, plan_.lds, b.s,
                   plan_.lds, false);
-      multiply<T>(gemm_, rows, columns, plan_.value_words * kPerWord<T>, b.value + at * plan_.ldv,
-                  plan_.ldv, b.grad + t * plan_.value_words * plan_.lds + column, plan_.lds, b.dp,
-                  plan_.lds, false);
+      multiply<T>(gemm_, rows, columns, plan_.value_words * kPerWord<T>, loaded.value.row(at),
+                  loaded.value.ld, b.grad + t * plan_.value_words * plan_.lds + column, plan_.lds,
+                  b.dp, plan_.lds, false);
       if (in_.mask.kind != AttentionMask::none) load_mask(segment, head, keys, queries, b);
       all ? gradients<false>(keys, queries.begin, padded, ahead, b)
           : gradients<true>(keys, queries.begin, padded, ahead, b);

@@ -201,6 +201,30 @@ inline MutableMatrixRef head_rows(const MutableHeadsRef& x, DType dtype,
   return {x.data ? const_cast<void*>(view.data) : nullptr, rows, dim, view.stride};
 }
 
+template <class T>
+constexpr DType kDType = sizeof(T) == 4 ? DType::f32 : DType::bf16;
+
+// Rows of an A operand, (R, ld).
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t ld;
+
+  const T* row(int64_t i) const { return data + i * ld; }
+};
+
+// Rows of x as an A operand: where they lie, if they lie close, or else in `buffer` (R, ld).
+template <class T>
+Operand<T> rows_operand(const MatrixRef& x, DType dtype, T* buffer, int64_t ld) {
+  constexpr int64_t kClose = 512;  // bytes: rows further apart share too few sets of L1
+  if (dtype == kDType<T> && x.cols % kPerWord<T> == 0 &&
+      x.stride * static_cast<int64_t>(sizeof(T)) <= kClose) {
+    return {static_cast<const T*>(x.data), x.stride};
+  }
+  pack_rows<T>(x, dtype, 0, x.rows, buffer, ld);
+  return {buffer, ld};
+}
+
 // The rows of one head, which are normalised and rotated before the products see them.
 struct SourceHead {
   const AttentionInputs& in;
@@ -230,6 +254,12 @@ struct SourceHead {
   const float* table(const float* x) const { return x ? x + rope_row * in.rope.half : nullptr; }
   const char* data() const { return static_cast<const char*>(rows.data); }
 
+  template <class T>
+  Operand<T> operand(T* buffer, int64_t ld) const {
+    if (as_they_are()) return rows_operand<T>(rows, in.dtype, buffer, ld);
+    prepare(buffer, ld);
+    return {buffer, ld};
+  }
   // Writes them to dst (rows, ld), zero beyond column D, in T.
   template <class T>
   void prepare(T* dst, int64_t ld) const {
@@ -246,9 +276,6 @@ struct SourceHead {
                           grad, ld, weight, bias);
   }
 };
-
-template <class T>
-constexpr DType kDType = sizeof(T) == 4 ? DType::f32 : DType::bf16;
 
 // to = factor * from (rows, ld).
 template <class T>
