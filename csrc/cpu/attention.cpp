@@ -215,12 +215,12 @@ class Forward {
       packed.add(tile.keys.within(own));
       r = tile.end;
     }
-    if (!packed.empty()) pack(segment, kv_head, packed, b);
+    const Values values = packed.empty() ? Values{} : pack(segment, kv_head, packed, b);
     int64_t tiles = 0;
     for (int64_t r = 0; r < rows.count(); ++tiles) {
       const QueryTile tile = next_tile(rows, r, rows.count(), most);
       if (mine(tiles, part)) {
-        attend(rows, tile, own, packed.begin, ahead, b);
+        attend(rows, tile, own, packed.begin, values, ahead, b);
         plan_.splits > 1 ? keep(index, rows, tile, split, b) : write(rows, tile, b);
       }
       r = tile.end;
@@ -231,7 +231,18 @@ class Forward {
     return plan_.splits > 1 || tile % plan_.parts == part;
   }
 
-  void pack(const AttentionSegment& segment, int64_t kv_head, Interval keys, const Buffers<T>& b) {
+  // V as the B operand.
+  struct Values {
+    const uint32_t* data = nullptr;
+    int64_t ld = 0;
+  };
+
+  // Whether all queries see all keys and segments are equally long: sizes are then taken as they
+  // are; else they are rounded up, so that brgemm need not be compiled for each.
+  bool whole(const AttentionSegment& segment) const { return !segment.range && !plan_.sorted; }
+
+  Values pack(const AttentionSegment& segment, int64_t kv_head, Interval keys,
+              const Buffers<T>& b) {
     for (int64_t block = 0; block * plan_.key_block < keys.length(); ++block) {
       const int64_t begin = keys.begin + block * plan_.key_block;
       const int64_t count = min(plan_.key_block, keys.end - begin);
@@ -246,9 +257,15 @@ class Forward {
       pack_as_columns<T>(rows, dtype, in_.scale < 0.f, b.keys + block * plan_.words * plan_.lds,
                          plan_.lds);
     }
-    pack_as_rows<T>(head_rows(in_.value, in_.dtype, segment, kv_head,
-                              segment.key_begin + keys.begin, keys.length(), in_.value_dim),
-                    in_.dtype, round_up(keys.length(), 16) + 16, b.values, plan_.ldv);
+    const MatrixRef value = head_rows(in_.value, in_.dtype, segment, kv_head,
+                                      segment.key_begin + keys.begin, keys.length(), in_.value_dim);
+    // fp32 needs no packing where nothing beyond a row or the last one will be read.
+    if (sizeof(T) == 4 && whole(segment) && in_.value_dim % 16 == 0 &&
+        is_close<T>(value, in_.dtype)) {
+      return {static_cast<const uint32_t*>(value.data), value.stride};
+    }
+    pack_as_rows<T>(value, in_.dtype, round_up(keys.length(), 16) + 16, b.values, plan_.ldv);
+    return {b.values, plan_.ldv};
   }
 
   Operand<T> query_rows(const QueryRows& rows, const QueryTile& tile, const Buffers<T>& b) {
@@ -274,7 +291,7 @@ class Forward {
 
   // O, maxima and sums of a tile over its keys within `own`, of which `first` was packed first.
   void attend(const QueryRows& rows, const QueryTile& tile, Interval own, int64_t first,
-              Ahead& ahead, const Buffers<T>& b) {
+              const Values& values, Ahead& ahead, const Buffers<T>& b) {
     const int64_t count = tile.rows();
     Interval keys = tile.keys.within(own);
     for (int64_t r = 0; r < round_up(count, 16); ++r) {  // finish() takes whole vectors
@@ -298,10 +315,9 @@ class Forward {
          ++block) {
       const int64_t start = block * plan_.key_block;
       const Interval part = keys.within({start, start + plan_.key_block});
-      // Few sizes for many lengths, so that brgemm need not be compiled for each.
-      const bool whole = !rows.segment.range && !plan_.sorted;
-      const int64_t columns = round_up(part.length(), whole ? kColumns<T> : 16);
-      const int64_t depth = whole ? round_up(part.length(), kPerWord<T>) : columns;
+      const bool exact = whole(rows.segment);
+      const int64_t columns = round_up(part.length(), exact ? kColumns<T> : 16);
+      const int64_t depth = exact ? round_up(part.length(), kPerWord<T>) : columns;
       multiply<T>(gemm_, count, columns, plan_.depth, query.data, query.ld,
                   b.keys + block * plan_.words * plan_.lds + part.begin - start, plan_.lds, b.s,
                   plan_.lds, false);
@@ -326,8 +342,8 @@ class Forward {
         }
       }
       multiply<T>(gemm_, count, in_.value_dim, depth, reinterpret_cast<const T*>(b.s),
-                  plan_.lds * kPerWord<T>, b.values + part.begin / kPerWord<T> * plan_.ldv,
-                  plan_.ldv, b.out, plan_.ldv, accumulate);
+                  plan_.lds * kPerWord<T>, values.data + part.begin / kPerWord<T> * values.ld,
+                  values.ld, b.out, plan_.ldv, accumulate);
       accumulate = true;
     }
   }

@@ -213,14 +213,18 @@ struct Operand {
   const T* row(int64_t i) const { return data + i * ld; }
 };
 
-// Rows of x as an A operand: where they lie, if they lie close, or else in `buffer` (R, ld).
+// Whether products can take x where it lies. Rows further apart would share too few sets of L1.
+template <class T>
+bool is_close(const MatrixRef& x, DType dtype) {
+  constexpr int64_t kClose = 512;  // bytes
+  return dtype == kDType<T> && x.cols % kPerWord<T> == 0 &&
+         x.stride * static_cast<int64_t>(sizeof(T)) <= kClose;
+}
+
+// Rows of x as an A operand: where they lie, or else in `buffer` (R, ld).
 template <class T>
 Operand<T> rows_operand(const MatrixRef& x, DType dtype, T* buffer, int64_t ld) {
-  constexpr int64_t kClose = 512;  // bytes: rows further apart share too few sets of L1
-  if (dtype == kDType<T> && x.cols % kPerWord<T> == 0 &&
-      x.stride * static_cast<int64_t>(sizeof(T)) <= kClose) {
-    return {static_cast<const T*>(x.data), x.stride};
-  }
+  if (is_close<T>(x, dtype)) return {static_cast<const T*>(x.data), x.stride};
   pack_rows<T>(x, dtype, 0, x.rows, buffer, ld);
   return {buffer, ld};
 }
