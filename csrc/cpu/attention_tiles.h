@@ -217,7 +217,7 @@ struct Operand {
 template <class T>
 bool is_close(const MatrixRef& x, DType dtype) {
   constexpr int64_t kClose = 512;  // bytes
-  return dtype == kDType<T> && x.cols % kPerWord<T> == 0 &&
+  return dtype == kDType<T> && x.cols % kPerWord<T> == 0 && x.stride >= x.cols &&
          x.stride * static_cast<int64_t>(sizeof(T)) <= kClose;
 }
 
