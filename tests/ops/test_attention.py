@@ -197,6 +197,20 @@ def test_uninitialised_memory_is_not_read(case: Case) -> None:
 
 
 @backends
+def test_rows_of_stride_0(backend: str) -> None:
+    """One row shared by all queries, keys or values: no product may take it in place."""
+    query, value = torch.randn(2, 3, 40, 64), torch.randn(2, 3, 50, 64)
+    row, other = (torch.randn(2, 3, 1, 64) for _ in range(2))
+    for args in (
+        (query, row.expand(2, 3, 50, 64), value),
+        (query, value, row.expand(2, 3, 50, 64)),
+        (row.expand(2, 3, 40, 64), other.expand(2, 3, 50, 64), value),
+    ):
+        out = vlm_kernels.attention(*args, backend=backend)
+        assert_close_to_reference("out", out, args)
+
+
+@backends
 def test_shared_keys_and_batches_of_stride_0(backend: str) -> None:
     """One memory of keys and values for every batch, each with its part in the gradient."""
     fn = partial(vlm_kernels.attention, backend=backend)
