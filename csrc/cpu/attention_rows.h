@@ -21,10 +21,10 @@ VLM_INLINE vf round_f16(vf x) {
   const vf magnitude = (vf)((vu)x & 0x7fffffffu);
   const vu bits = (vu)magnitude;
   const vu normal = (bits + (0xfffu + ((bits >> 13) & 1u))) & ~0x1fffu;
-  const vu finite = normal >= 0x47800000u ? vu{} + 0x7f800000u : normal;
+  const vu finite = select(less((vi)normal, 0x47800000), normal, vu{} + 0x7f800000u);
   const vu subnormal = (vu)((magnitude + 0.75f) - 0.75f);  // 0.75 has steps of 2^-24
-  const vu rounded = magnitude < 0x1p-14f ? subnormal : finite;
-  return magnitude == magnitude ? (vf)(rounded | sign) : x;
+  const vu rounded = select(less(magnitude, 0x1p-14f), subnormal, finite);
+  return select(is_nan(x), x, (vf)(rounded | sign));
 }
 
 // x as the products take it: rounded to the dtype of the inputs, held in T.
@@ -56,7 +56,7 @@ VLM_INLINE void visit_vectors(int64_t n, Visit visit) {
   for (; j + kLanes <= n; j += kLanes) visit(j, ~vi{});
   if (j < n) {
     const int64_t last = n - kLanes;
-    visit(last, iota(static_cast<int32_t>(last)) >= static_cast<int32_t>(j));
+    visit(last, ~less(iota(static_cast<int32_t>(last)), static_cast<int32_t>(j)));
   }
 }
 

@@ -38,8 +38,77 @@ VLM_INLINE vi iota(int32_t first) {
   return first + vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 }
 
+// Registers that hold a vector. GCC lowers arithmetic to them by itself, but compares, selects and
+// shuffles what is wider than one register lane by lane, and that is ten to thirty times as slow.
+#if defined(__AVX512F__)
+constexpr int kPartBytes = 64;
+#elif defined(__AVX__)
+constexpr int kPartBytes = 32;
+#else
+constexpr int kPartBytes = 16;
+#endif
+constexpr int kParts = 64 / kPartBytes;
+constexpr int kPartLanes = kLanes / kParts;
+
+template <class Lane>
+struct PartOf {
+  typedef Lane type __attribute__((vector_size(kPartBytes)));
+};
+template <class Lane>
+using Part = typename PartOf<Lane>::type;
+
+// The i-th part of a vector; a scalar as it is.
+template <class X>
+VLM_INLINE auto part(const X& x, int i) {
+  if constexpr (sizeof(X) == 64) {
+    Part<decltype(+x[0])> p;
+    std::memcpy(&p, reinterpret_cast<const char*>(&x) + i * kPartBytes, kPartBytes);
+    return p;
+  } else {
+    (void)i;
+    return x;
+  }
+}
+
+// f(x...), part by part.
+template <class Out, class F, class... X>
+VLM_INLINE Out by_parts(F f, const X&... x) {
+  if constexpr (kParts == 1) {
+    return f(x...);
+  } else {
+    Out out;
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) {
+      const auto p = f(part(x, i)...);
+      std::memcpy(reinterpret_cast<char*>(&out) + i * kPartBytes, &p, kPartBytes);
+    }
+    return out;
+  }
+}
+
+// Comparisons, of vectors of one type or of one with a scalar: all bits of a lane set, or none.
+template <class X, class Y>
+VLM_INLINE vi less(X a, Y b) {
+  return by_parts<vi>([](auto p, auto q) { return p < q; }, a, b);
+}
+template <class X, class Y>
+VLM_INLINE vi equal(X a, Y b) {
+  return by_parts<vi>([](auto p, auto q) { return p == q; }, a, b);
+}
+VLM_INLINE vi is_nan(vf x) {
+  return by_parts<vi>([](auto p) { return p != p; }, x);
+}
+
+// By lanes: a where the mask is set, else b.
+template <class X>
+VLM_INLINE X select(vi mask, X a, X b) {
+  return by_parts<X>([](auto m, auto p, auto q) { return m ? p : q; }, mask, a, b);
+}
+
 // A NaN in x is dropped: sums, not maxima, carry NaN to the result.
-VLM_INLINE vf max(vf accumulator, vf x) { return x > accumulator ? x : accumulator; }
+VLM_INLINE vf max(vf accumulator, vf x) {
+  return by_parts<vf>([](auto p, auto q) { return q > p ? q : p; }, accumulator, x);
+}
 
 VLM_INLINE float hsum(vf x) {
   typedef float v8 __attribute__((vector_size(32)));
@@ -89,7 +158,7 @@ VLM_INLINE vf at_least(vf x, float low) {
   asm("vmaxps %1, %2, %0" : "=v"(x) : "v"(x), "v"(broadcast(low)));
   return x;
 #else
-  return x < low ? broadcast(low) : x;
+  return by_parts<vf>([](auto p, auto q) { return q > p ? q : p; }, x, broadcast(low));
 #endif
 }
 
@@ -115,18 +184,18 @@ struct Rounded {
     asm("vscalefps %2, %1, %0" : "=v"(p) : "v"(p), "v"(n.value));
     return p;
 #else
-    const vf r = (vf)((vu)p + ((vu)n.shifted << 23));
-    return p == p ? r : p;
+    return p * (vf)(((vu)n.shifted + 127u) << 23);
 #endif
   }
 };
 
-// x - floor(x), and p 2^floor(x): the two ends of 2^x. For -inf 0 and 0; NaN stays NaN. Without
-// AVX-512 p 2^floor(x) is 0 below -126, junk above 127, and `fraction` may be 1.
+// x - floor(x), and p 2^floor(x): the two ends of 2^x. For -inf the latter is 0; NaN stays NaN.
+// Without AVX-512 p 2^floor(x) is 0 below -126, junk above 127, and `fraction` may be 1.
 struct Floored {
-  vf x;
   vf fraction;
-#ifndef __AVX512F__
+#ifdef __AVX512F__
+  vf x;
+#else
   Rounded floor;
 #endif
 
@@ -134,11 +203,11 @@ struct Floored {
 #ifdef __AVX512F__
     vf fraction;
     asm("vreduceps $9, %1, %0" : "=v"(fraction) : "v"(x));  // floor, no exceptions
-    return {x, fraction};
+    return {fraction, x};
 #else
-    const vf y = at_least(x, -126.f);
+    const vf y = at_least(x, -126.75f);  // its floor, -127, makes the factor 0
     const Rounded floor = Rounded::of(y - 0.5f);
-    return {x, y - floor.value, floor};
+    return {y - floor.value, floor};
 #endif
   }
   VLM_INLINE vf scale(const Floored& n, vf p) {
@@ -146,7 +215,7 @@ struct Floored {
     asm("vscalefps %2, %1, %0" : "=v"(p) : "v"(p), "v"(n.x));
     return p;
 #else
-    return n.x < -126.f ? vf{} : Rounded::scale(n.floor, p);
+    return Rounded::scale(n.floor, p);
 #endif
   }
 };
@@ -196,7 +265,7 @@ VLM_INLINE vf log1p_unit(vf e) {
 VLM_INLINE vu bf16_bits(vf x) {
   const vu bits = (vu)x;
   const vu rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
-  return x == x ? rounded : (bits | 0x00400000u);
+  return select(is_nan(x), bits | 0x00400000u, rounded);
 }
 
 // log(1 + q) for q in [0, 2^100]: relative error 1e-7 however small q is; NaN stays NaN.
@@ -207,7 +276,7 @@ VLM_INLINE vf log1p(vf q) {
   const vf lost = q - (u - 1.f);  // by the rounding of u, where 1 is the larger
   const vf small = lost / u;
   const vf r = __builtin_convertvector(exponent, vf) * 6.93147181e-1f + log1p_unit(mantissa - 1.f);
-  return q == q ? r + (q < 1.f ? small : vf{}) : q;
+  return select(is_nan(q), q, r + select(less(q, 1.f), small, vf{}));
 }
 
 VLM_INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
@@ -258,29 +327,43 @@ VLM_INLINE vh to_f16(vf x) {
   return out;
 }
 
-// Transposes a 16 x 16 block of words held in 16 vectors: swaps the off-diagonal blocks of size
-// 8, 4, 2, 1.
-template <int kStep>
-VLM_INLINE void transpose_step(vu (&v)[16]) {
-  vi low, high;
-  for (int k = 0; k < kLanes; ++k) {
-    low[k] = k & kStep ? kLanes + k - kStep : k;
-    high[k] = k & kStep ? kLanes + k : k + kStep;
+// Transposes a square of words: swaps the off-diagonal blocks of size kStep, then smaller ones.
+template <int kStep = kPartLanes / 2>
+VLM_INLINE void transpose_part(Part<uint32_t> (&v)[kPartLanes]) {
+  Part<int32_t> low, high;
+  for (int k = 0; k < kPartLanes; ++k) {
+    low[k] = k & kStep ? kPartLanes + k - kStep : k;
+    high[k] = k & kStep ? kPartLanes + k : k + kStep;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < kPartLanes; ++i) {
     if (i & kStep) continue;
-    const vu a = v[i], b = v[i + kStep];
+    const Part<uint32_t> a = v[i], b = v[i + kStep];
     v[i] = __builtin_shuffle(a, b, low);
     v[i + kStep] = __builtin_shuffle(a, b, high);
   }
+  if constexpr (kStep > 1) transpose_part<kStep / 2>(v);
 }
 
+// Transposes a 16 x 16 block of words held in 16 vectors.
 VLM_INLINE void transpose16(vu (&v)[16]) {
-  transpose_step<8>(v);
-  transpose_step<4>(v);
-  transpose_step<2>(v);
-  transpose_step<1>(v);
+  Part<uint32_t> in[kLanes][kParts];
+  std::memcpy(in, v, sizeof(in));
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kParts; ++j) {
+      Part<uint32_t> square[kPartLanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < kPartLanes; ++k) square[k] = in[i * kPartLanes + k][j];
+      transpose_part(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < kPartLanes; ++k) {
+        std::memcpy(reinterpret_cast<char*>(&v[j * kPartLanes + k]) + i * kPartBytes, &square[k],
+                    kPartBytes);
+      }
+    }
+  }
 }
 
 VLM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
