@@ -516,8 +516,7 @@ class Backward {
           const vh high = odd ? vh{} : to_bf16_native(entry(r + 1, q, p + next));
           store(ds + q, low);
           if (!odd) store(ds + next + q, high);
-          store(pairs + q,
-                __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16));
+          store(pairs + q, convert<vu>(low) | (convert<vu>(high) << 16));
         }
       }
     }

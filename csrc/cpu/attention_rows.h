@@ -93,22 +93,28 @@ struct Pair {
 // Eight words, each twice.
 VLM_INLINE vu twice(const float* p) {
   typedef uint32_t v8 __attribute__((vector_size(32)));
-  typedef uint64_t wide __attribute__((vector_size(64)));
-  v8 words;
-  std::memcpy(&words, p, sizeof(words));
-  const wide w = __builtin_convertvector(words, wide);
-  return (vu)(w | (w << 32));
+  return by_parts<vu>(
+      [](auto words) {
+        const auto wide = __builtin_convertvector(words, Part<uint64_t>);
+        return (Part<uint32_t>)(wide | (wide << 32));
+      },
+      load_as<v8>(p));
 }
 
 // Cosines, and sines with their signs, of sixteen features in eight interleaved pairs.
 VLM_INLINE Pair interleaved_angles(const float* cos, const float* sin) {
-  constexpr uint32_t minus = 0x80000000u;
-  const vu sign = {minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0};
+  const vu sign = (vu)~iota(0) << 31;  // of the even lanes
   return {(vf)twice(cos), (vf)(twice(sin) ^ sign)};
 }
 
 VLM_INLINE vf swap_pairs(vf x) {
-  return __builtin_shuffle(x, vi{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+  return by_parts<vf>(
+      [](auto p) {
+        Part<int32_t> lanes;
+        for (int k = 0; k < kPartLanes; ++k) lanes[k] = k ^ 1;
+        return __builtin_shuffle(p, lanes);
+      },
+      x);
 }
 
 // One pair at a time, in place. kSign = -1 turns backwards.
@@ -301,10 +307,10 @@ static void prepare_tiny_row(const char* src, int64_t d, const HeadNorm& norm, i
     }
   }
   rotate_pairs<1>(rope, row, x.x);
-  vf features = {};
+  alignas(64) float features[kLanes] = {};
   for (int64_t i = 0; i < d; ++i) features[i] = static_cast<float>(x.x[i]);
   alignas(64) T lanes[kLanes];
-  store_prepared<kType>(lanes, features);
+  store_prepared<kType>(lanes, load(features));
   std::memcpy(out, lanes, min(kLanes, count) * sizeof(T));
 }
 

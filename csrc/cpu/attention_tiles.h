@@ -149,10 +149,10 @@ template <class T>
         if (r < x.rows) words = (vu)load_f32(row_ptr(x, dtype, r), dtype, d, x.cols);
       } else {
         if (r < x.rows) {
-          words = __builtin_convertvector(load_h(row_ptr(x, dtype, r), d, x.cols), vu);
+          words = convert<vu>(load_h(row_ptr(x, dtype, r), d, x.cols));
         }
         if (r + 1 < x.rows) {
-          words |= __builtin_convertvector(load_h(row_ptr(x, dtype, r + 1), d, x.cols), vu) << 16;
+          words |= convert<vu>(load_h(row_ptr(x, dtype, r + 1), d, x.cols)) << 16;
         }
       }
       store(out + d, words);
@@ -377,7 +377,7 @@ struct MaskRow {
     typedef uint8_t bytes __attribute__((vector_size(16)));
     bytes seen = {};
     std::memcpy(&seen, entries + key, min(kLanes, end - key));
-    const vi hidden = equal(__builtin_convertvector(seen, vi), 0);
+    const vi hidden = equal(convert<vi>(seen), 0);
     return select(hidden, broadcast(kNegativeInfinity), x);
   }
 };

@@ -317,8 +317,7 @@ struct GradTile {
       store(g.rows + at, a);
       store(g.rows + at + g.ld, b);
       if (g.panels) {
-        store(g.panels + panel, __builtin_convertvector(a, vu) | __builtin_convertvector(b, vu)
-                                                                     << 16);
+        store(g.panels + panel, convert<vu>(a) | convert<vu>(b) << 16);
       }
     }
   }

@@ -1,7 +1,7 @@
-// Sixteen-lane vectors for the CPU kernels, written once: the compiler lowers them to one zmm, two
-// ymm or four xmm registers. Seven AVX-512 instructions that it does not find are named here. Only
-// for files compiled per ISA (namespace cpu::VLM_ISA); keep STL and torch headers out of those,
-// since an inline function compiled for AVX may win at link time.
+// Sixteen-lane vectors for the CPU kernels, written once: one zmm, two ymm or four xmm registers.
+// Seven AVX-512 instructions that the compiler does not find are named here. Only for files
+// compiled per ISA (namespace cpu::VLM_ISA); keep STL and torch headers out of those, since an
+// inline function compiled for AVX may win at link time.
 #pragma once
 
 #include <cstdint>
@@ -11,35 +11,8 @@ namespace vlm::cpu::VLM_ISA {
 
 constexpr int kLanes = 16;
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-
-// Unaligned, aliasing twins for memory access.
-typedef float vf_mem __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t vi_mem __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t vu_mem __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t vh_mem __attribute__((vector_size(32), aligned(2), may_alias));
-
 #define VLM_INLINE static inline __attribute__((always_inline))
 
-VLM_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
-VLM_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_mem*>(p); }
-VLM_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_mem*>(p); }
-VLM_INLINE vh load(const uint16_t* p) { return *reinterpret_cast<const vh_mem*>(p); }
-VLM_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_mem*>(p) = x; }
-VLM_INLINE void store(uint32_t* p, vu x) { *reinterpret_cast<vu_mem*>(p) = x; }
-VLM_INLINE void store(uint16_t* p, vh x) { *reinterpret_cast<vh_mem*>(p) = x; }
-
-VLM_INLINE vf broadcast(float x) { return x - vf{}; }
-VLM_INLINE vi broadcast(int32_t x) { return x - vi{}; }
-VLM_INLINE vi iota(int32_t first) {
-  return first + vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-}
-
-// Registers that hold a vector. GCC lowers arithmetic to them by itself, but compares, selects and
-// shuffles what is wider than one register lane by lane, and that is ten to thirty times as slow.
 #if defined(__AVX512F__)
 constexpr int kPartBytes = 64;
 #elif defined(__AVX__)
@@ -55,18 +28,89 @@ struct PartOf {
   typedef Lane type __attribute__((vector_size(kPartBytes)));
 };
 template <class Lane>
-using Part = typename PartOf<Lane>::type;
+using Part = typename PartOf<Lane>::type;  // what one register holds
 
-// The i-th part of a vector; a scalar as it is.
-template <class X>
-VLM_INLINE auto part(const X& x, int i) {
-  if constexpr (sizeof(X) == 64) {
-    Part<decltype(+x[0])> p;
-    std::memcpy(&p, reinterpret_cast<const char*>(&x) + i * kPartBytes, kPartBytes);
+#ifdef __AVX512F__
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+#else
+// The compiler's own vectors, where they are wider than a register, are compared and selected lane
+// by lane and moved through memory: ten to thirty times as slow as by registers.
+template <class Lane>
+struct Vector {
+  mutable Part<Lane> part[kParts];  // GCC keeps a local that is const all through in memory
+
+  template <class To>
+  __attribute__((always_inline)) explicit operator Vector<To>() const;  // the same bits
+  Lane operator[](int64_t i) const { return part[i / kPartLanes][i % kPartLanes]; }
+
+#define VLM_OPERATOR(op)                                                                   \
+  friend inline __attribute__((always_inline)) Vector operator op(Vector a, Vector b) {    \
+    return by_parts<Vector>([](auto p, auto q) { return p op q; }, a, b);                  \
+  }                                                                                        \
+  friend inline __attribute__((always_inline)) Vector operator op(Vector a, Lane b) {      \
+    return by_parts<Vector>([](auto p, auto q) { return p op q; }, a, b);                  \
+  }                                                                                        \
+  friend inline __attribute__((always_inline)) Vector operator op(Lane a, Vector b) {      \
+    return by_parts<Vector>([](auto p, auto q) { return p op q; }, a, b);                  \
+  }                                                                                        \
+  template <class X>                                                                       \
+  friend inline __attribute__((always_inline)) Vector& operator op## = (Vector & a, X b) { \
+    return a = a op b;                                                                     \
+  }
+  VLM_OPERATOR(+)
+  VLM_OPERATOR(-)
+  VLM_OPERATOR(*)
+  VLM_OPERATOR(/)
+  VLM_OPERATOR(&)
+  VLM_OPERATOR(|)
+  VLM_OPERATOR(^)
+  VLM_OPERATOR(<<)
+  VLM_OPERATOR(>>)
+#undef VLM_OPERATOR
+  friend inline __attribute__((always_inline)) Vector operator-(Vector a) {
+    return by_parts<Vector>([](auto p) { return -p; }, a);
+  }
+  friend inline __attribute__((always_inline)) Vector operator~(Vector a) {
+    return by_parts<Vector>([](auto p) { return ~p; }, a);
+  }
+};
+
+typedef Vector<float> vf;
+typedef Vector<int32_t> vi;
+typedef Vector<uint32_t> vu;
+#endif
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+template <class Lane>
+Lane lane_of(Lane);
+
+// The i-th part of a vector, also of one with narrower lanes; a scalar as it is.
+template <int i, class X>
+VLM_INLINE auto part(const X& x) {
+  if constexpr (requires { x.part[0]; }) {
+    return x.part[i];
+  } else if constexpr (requires { x[0]; }) {
+    typedef decltype(lane_of(x[0])) Lane;
+    typedef Lane Piece __attribute__((vector_size(sizeof(X) / kParts)));
+    Piece p;
+    std::memcpy(&p, reinterpret_cast<const char*>(&x) + i * sizeof(p), sizeof(p));
     return p;
   } else {
-    (void)i;
     return x;
+  }
+}
+
+template <class Out, class... Pieces>
+VLM_INLINE Out join(Pieces... pieces) {
+  if constexpr (requires(Out x) { x.part[0]; }) {
+    return {{pieces...}};
+  } else {
+    Out out;
+    char* to = reinterpret_cast<char*>(&out);
+    ((std::memcpy(to, &pieces, sizeof(pieces)), to += sizeof(pieces)), ...);
+    return out;
   }
 }
 
@@ -75,15 +119,67 @@ template <class Out, class F, class... X>
 VLM_INLINE Out by_parts(F f, const X&... x) {
   if constexpr (kParts == 1) {
     return f(x...);
+  } else if constexpr (kParts == 2) {
+    return join<Out>(f(part<0>(x)...), f(part<1>(x)...));
   } else {
-    Out out;
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) {
-      const auto p = f(part(x, i)...);
-      std::memcpy(reinterpret_cast<char*>(&out) + i * kPartBytes, &p, kPartBytes);
-    }
-    return out;
+    return join<Out>(f(part<0>(x)...), f(part<1>(x)...), f(part<2>(x)...), f(part<3>(x)...));
   }
+}
+
+#ifndef __AVX512F__
+template <class Lane>
+template <class To>
+inline Vector<Lane>::operator Vector<To>() const {
+  return by_parts<Vector<To>>([](auto p) { return (Part<To>)p; }, *this);
+}
+#endif
+
+// The lanes of a vector, of any width, as those of another type.
+template <class Out, class X>
+VLM_INLINE Out convert(X x) {
+  return by_parts<Out>(
+      [](auto p) {
+        typedef decltype(lane_of(Out{}[0])) Lane;
+        typedef Lane Piece __attribute__((vector_size(sizeof(Lane) * kPartLanes)));
+        return __builtin_convertvector(p, Piece);
+      },
+      x);
+}
+
+// Piece by piece: a whole vector would be copied through narrower registers.
+template <class Out>
+VLM_INLINE Out load_as(const void* p) {
+  typedef decltype(lane_of(Out{}[0])) Lane;
+  typedef Lane Piece __attribute__((vector_size(sizeof(Out) / kParts)));
+  typedef Piece Memory __attribute__((aligned(1), may_alias));
+  const Memory* from = static_cast<const Memory*>(p);
+  if constexpr (kParts == 1) {
+    return from[0];
+  } else if constexpr (kParts == 2) {
+    return join<Out>(Piece(from[0]), Piece(from[1]));
+  } else {
+    return join<Out>(Piece(from[0]), Piece(from[1]), Piece(from[2]), Piece(from[3]));
+  }
+}
+template <int i = 0, class X>
+VLM_INLINE void store_parts(void* p, const X& x) {
+  const auto piece = part<i>(x);
+  std::memcpy(static_cast<char*>(p) + i * sizeof(piece), &piece, sizeof(piece));
+  if constexpr (i + 1 < kParts) store_parts<i + 1>(p, x);
+}
+VLM_INLINE vf load(const float* p) { return load_as<vf>(p); }
+VLM_INLINE vi load(const int32_t* p) { return load_as<vi>(p); }
+VLM_INLINE vu load(const uint32_t* p) { return load_as<vu>(p); }
+VLM_INLINE vh load(const uint16_t* p) { return load_as<vh>(p); }
+VLM_INLINE void store(float* p, vf x) { store_parts(p, x); }
+VLM_INLINE void store(uint32_t* p, vu x) { store_parts(p, x); }
+VLM_INLINE void store(uint16_t* p, vh x) { store_parts(p, x); }
+
+VLM_INLINE vf broadcast(float x) { return x - vf{}; }
+VLM_INLINE vi broadcast(int32_t x) { return x - vi{}; }
+VLM_INLINE vi iota(int32_t first) {
+  constexpr int32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return first + load(lanes);
 }
 
 // Comparisons, of vectors of one type or of one with a scalar: all bits of a lane set, or none.
@@ -110,31 +206,32 @@ VLM_INLINE vf max(vf accumulator, vf x) {
   return by_parts<vf>([](auto p, auto q) { return q > p ? q : p; }, accumulator, x);
 }
 
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
+
+// Halves combined, then quarters.
+template <class F>
+VLM_INLINE vf4 fold(vf x, F f) {
+  vf4 a[4];
+  std::memcpy(a, &x, sizeof(a));
+#ifdef __AVX__
+  vf8 b[2];
+  std::memcpy(b, &x, sizeof(b));
+  b[0] = f(b[0], b[1]);
+  std::memcpy(a, b, sizeof(b[0]));
+  return f(a[0], a[1]);
+#else
+  return f(f(a[0], a[2]), f(a[1], a[3]));
+#endif
+}
+
 VLM_INLINE float hsum(vf x) {
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
-  v8 a, b;
-  std::memcpy(&a, &x, 32);
-  std::memcpy(&b, reinterpret_cast<char*>(&x) + 32, 32);
-  a += b;
-  v4 c, d;
-  std::memcpy(&c, &a, 16);
-  std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
-  c += d;
+  const vf4 c = fold(x, [](auto p, auto q) { return p + q; });
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
 VLM_INLINE float hmax(vf x) {
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
-  v8 a, b;
-  std::memcpy(&a, &x, 32);
-  std::memcpy(&b, reinterpret_cast<char*>(&x) + 32, 32);
-  a = a > b ? a : b;
-  v4 c, d;
-  std::memcpy(&c, &a, 16);
-  std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
-  c = c > d ? c : d;
+  const vf4 c = fold(x, [](auto p, auto q) { return p > q ? p : q; });
   const float e = c[0] > c[2] ? c[0] : c[2], f = c[1] > c[3] ? c[1] : c[3];
   return e > f ? e : f;
 }
@@ -275,12 +372,12 @@ VLM_INLINE vf log1p(vf q) {
   const vf mantissa = (vf)((vi)u - (exponent << 23));
   const vf lost = q - (u - 1.f);  // by the rounding of u, where 1 is the larger
   const vf small = lost / u;
-  const vf r = __builtin_convertvector(exponent, vf) * 6.93147181e-1f + log1p_unit(mantissa - 1.f);
+  const vf r = convert<vf>(exponent) * 6.93147181e-1f + log1p_unit(mantissa - 1.f);
   return select(is_nan(q), q, r + select(less(q, 1.f), small, vf{}));
 }
 
-VLM_INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
-VLM_INLINE vh to_bf16(vf x) { return __builtin_convertvector(bf16_bits(x) >> 16, vh); }
+VLM_INLINE vf from_bf16(vh x) { return (vf)(convert<vu>(x) << 16); }
+VLM_INLINE vh to_bf16(vf x) { return convert<vh>(bf16_bits(x) >> 16); }
 
 // The same by the instruction of CPUs with avx512_bf16: only where the products run in bf16.
 VLM_INLINE vh to_bf16_native(vf x) {
@@ -293,8 +390,6 @@ VLM_INLINE vh to_bf16_native(vf x) {
 #endif
 }
 
-typedef float vf8 __attribute__((vector_size(32)));
-
 // sum + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] of pairs of bf16, where the products run in bf16.
 VLM_INLINE vf8 dot_pairs(vf8 sum, vf8 a, vf8 b) {
 #ifdef __AVX512F__
@@ -305,15 +400,38 @@ VLM_INLINE vf8 dot_pairs(vf8 sum, vf8 a, vf8 b) {
   return sum;
 }
 
+#ifdef __F16C__
+VLM_INLINE vf from_f16(vh x) {
+  typedef short v8 __attribute__((vector_size(16)));
+  vf8 halves[2];
+  for (int i = 0; i < 2; ++i) {
+    v8 h;
+    std::memcpy(&h, reinterpret_cast<const char*>(&x) + i * sizeof(h), sizeof(h));
+    halves[i] = __builtin_ia32_vcvtph2ps256(h);
+  }
+  return load_as<vf>(halves);
+}
+
+VLM_INLINE vh to_f16(vf x) {
+  vf8 halves[2];
+  std::memcpy(halves, &x, sizeof(x));
+  const auto a = __builtin_ia32_vcvtps2ph256(halves[0], 0);  // to nearest even
+  const auto b = __builtin_ia32_vcvtps2ph256(halves[1], 0);
+  vh out;
+  std::memcpy(&out, &a, sizeof(a));
+  std::memcpy(reinterpret_cast<char*>(&out) + sizeof(a), &b, sizeof(b));
+  return out;
+}
+#else
 // IEEE half to float: shift the exponent by a multiplication, which also handles subnormals.
 VLM_INLINE vf from_f16(vh x) {
-  const vu w = __builtin_convertvector(x, vu);
+  const vu w = convert<vu>(x);
   const vu magnitude = (w & 0x7fffu) << 13;
   const vu sign = (w & 0x8000u) << 16;
   const vf scaled = (vf)magnitude * 0x1p112f;
   const vu finite = (vu)scaled;
   const vu special = magnitude + (224u << 23);  // exponent 31 -> 255
-  return (vf)((magnitude >= (31u << 23) ? special : finite) | sign);
+  return (vf)(select(less((vi)magnitude, 31 << 23), finite, special) | sign);
 }
 
 VLM_INLINE vh to_f16(vf x) {
@@ -326,6 +444,7 @@ VLM_INLINE vh to_f16(vf x) {
   }
   return out;
 }
+#endif
 
 // Transposes a square of words: swaps the off-diagonal blocks of size kStep, then smaller ones.
 template <int kStep = kPartLanes / 2>
@@ -347,23 +466,24 @@ VLM_INLINE void transpose_part(Part<uint32_t> (&v)[kPartLanes]) {
 
 // Transposes a 16 x 16 block of words held in 16 vectors.
 VLM_INLINE void transpose16(vu (&v)[16]) {
-  Part<uint32_t> in[kLanes][kParts];
-  std::memcpy(in, v, sizeof(in));
+#ifdef __AVX512F__
+  transpose_part(v);
+#else
+  vu from[16];
+  std::memcpy(from, v, sizeof(from));
 #pragma GCC unroll 4
   for (int i = 0; i < kParts; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kParts; ++j) {
       Part<uint32_t> square[kPartLanes];
-#pragma GCC unroll 16
-      for (int k = 0; k < kPartLanes; ++k) square[k] = in[i * kPartLanes + k][j];
+#pragma GCC unroll 8
+      for (int k = 0; k < kPartLanes; ++k) square[k] = from[i * kPartLanes + k].part[j];
       transpose_part(square);
-#pragma GCC unroll 16
-      for (int k = 0; k < kPartLanes; ++k) {
-        std::memcpy(reinterpret_cast<char*>(&v[j * kPartLanes + k]) + i * kPartBytes, &square[k],
-                    kPartBytes);
-      }
+#pragma GCC unroll 8
+      for (int k = 0; k < kPartLanes; ++k) v[j * kPartLanes + k].part[i] = square[k];
     }
   }
+#endif
 }
 
 VLM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
