@@ -60,19 +60,6 @@ VLM_INLINE void visit_vectors(int64_t n, Visit visit) {
   }
 }
 
-VLM_INLINE vf sqrt(vf x) {
-#ifdef __SSE__
-  typedef float v4 __attribute__((vector_size(16)));
-  v4 parts[4];
-  std::memcpy(parts, &x, sizeof(x));
-  for (v4& part : parts) part = __builtin_ia32_sqrtps(part);
-  std::memcpy(&x, parts, sizeof(x));
-#else
-  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
-#endif
-  return x;
-}
-
 VLM_INLINE vf keep(vf x, vi lanes) { return (vf)((vi)x & lanes); }
 
 // ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // Sixteen-lane vectors for the CPU kernels, written once: one zmm, two ymm or four xmm registers.
-// Seven AVX-512 instructions that the compiler does not find are named here. Only for files
-// compiled per ISA (namespace cpu::VLM_ISA); keep STL and torch headers out of those, since an
-// inline function compiled for AVX may win at link time.
+// Instructions that the compiler does not find are named here. Only for files compiled per ISA
+// (namespace cpu::VLM_ISA); keep STL and torch headers out of those, since an inline function
+// compiled for AVX may win at link time.
 #pragma once
 
 #include <cstdint>
@@ -236,6 +236,21 @@ VLM_INLINE float hmax(vf x) {
   return e > f ? e : f;
 }
 
+VLM_INLINE vf sqrt(vf x) {
+  return by_parts<vf>(
+      [](auto p) {
+#if defined(__AVX__)
+        asm("vsqrtps %1, %0" : "=v"(p) : "v"(p));
+#elif defined(__SSE__)
+        p = __builtin_ia32_sqrtps(p);
+#else
+        for (int i = 0; i < kPartLanes; ++i) p[i] = __builtin_sqrtf(p[i]);
+#endif
+        return p;
+      },
+      x);
+}
+
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLowest = -3.402823466e+38f;
 
@@ -402,25 +417,24 @@ VLM_INLINE vf8 dot_pairs(vf8 sum, vf8 a, vf8 b) {
 
 #ifdef __F16C__
 VLM_INLINE vf from_f16(vh x) {
-  typedef short v8 __attribute__((vector_size(16)));
-  vf8 halves[2];
-  for (int i = 0; i < 2; ++i) {
-    v8 h;
-    std::memcpy(&h, reinterpret_cast<const char*>(&x) + i * sizeof(h), sizeof(h));
-    halves[i] = __builtin_ia32_vcvtph2ps256(h);
-  }
-  return load_as<vf>(halves);
+  return by_parts<vf>(
+      [](auto h) {
+        Part<float> y;
+        asm("vcvtph2ps %1, %0" : "=v"(y) : "v"(h));
+        return y;
+      },
+      x);
 }
 
 VLM_INLINE vh to_f16(vf x) {
-  vf8 halves[2];
-  std::memcpy(halves, &x, sizeof(x));
-  const auto a = __builtin_ia32_vcvtps2ph256(halves[0], 0);  // to nearest even
-  const auto b = __builtin_ia32_vcvtps2ph256(halves[1], 0);
-  vh out;
-  std::memcpy(&out, &a, sizeof(a));
-  std::memcpy(reinterpret_cast<char*>(&out) + sizeof(a), &b, sizeof(b));
-  return out;
+  return by_parts<vh>(
+      [](auto p) {
+        typedef uint16_t Half __attribute__((vector_size(kPartBytes / 2)));
+        Half h;
+        asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(p));  // to nearest even
+        return h;
+      },
+      x);
 }
 #else
 // IEEE half to float: shift the exponent by a multiplication, which also handles subnormals.
