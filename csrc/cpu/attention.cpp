@@ -409,11 +409,13 @@ class Forward {
     const int64_t begin = seen.begin & ~int64_t{15}, end = seen.end & ~int64_t{15};
     if (begin < seen.begin) {
       const vi j = iota(static_cast<int32_t>(begin));
-      store(s + begin, j < static_cast<int32_t>(seen.begin) ? none : load(s + begin));
+      const vi hidden = less(j, static_cast<int32_t>(seen.begin));
+      store(s + begin, select(hidden, none, load(s + begin)));
     }
     if (end < seen.end) {
       const vi j = iota(static_cast<int32_t>(end));
-      store(s + end, j >= static_cast<int32_t>(seen.end) ? none : load(s + end));
+      const vi kept = less(j, static_cast<int32_t>(seen.end));
+      store(s + end, select(kept, load(s + end), none));
     }
   }
 
@@ -432,10 +434,11 @@ class Forward {
   // A sum is at least 1, that of the maximum's own term, unless a row saw nothing.
   VLM_INLINE void finish(float* max_to_lse, float* sum_to_factor, float unit) {
     const vf maximum = load(max_to_lse), sum = load(sum_to_factor), none = {};
-    const vf shift = maximum == kNegativeInfinity ? none : maximum;
-    store(max_to_lse,
-          sum == 0.f ? none + kNegativeInfinity : shift * (unit * kLn2) + log1p(sum - 1.f));
-    store(sum_to_factor, sum == 0.f ? none : 1.f / sum);
+    const vf shift = select(equal(maximum, kNegativeInfinity), none, maximum);
+    const vi empty = equal(sum, 0.f);
+    const vf lse = shift * (unit * kLn2) + log1p(sum - 1.f);
+    store(max_to_lse, select(empty, broadcast(kNegativeInfinity), lse));
+    store(sum_to_factor, select(empty, none, 1.f / sum));
   }
 
   void write(const QueryRows& rows, const QueryTile& tile, const Buffers<T>& b) {

@@ -497,9 +497,9 @@ class Backward {
       vf ds = e * (load(b.dp + at) - load(b.delta + begin + q));
       if constexpr (kPartial) {
         const int32_t j = static_cast<int32_t>(keys.begin + r);
-        const vi seen = (load(b.first + begin + q) <= j) & (load(b.last + begin + q) > j);
-        e = seen ? e : vf{};
-        ds = seen ? ds : vf{};
+        const vi seen = less(load(b.first + begin + q), j + 1) & less(j, load(b.last + begin + q));
+        e = select(seen, e, vf{});
+        ds = select(seen, ds, vf{});
       }
       put(p + q, e);
       if constexpr (kTransformed) {
@@ -523,8 +523,7 @@ class Backward {
           const vh high = odd ? vh{} : to_bf16_native(entry(r + 1, q, p + next));
           store(ds + q, low);
           if (!odd) store(ds + next + q, high);
-          store(pairs + q,
-                __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16));
+          store(pairs + q, convert<vu>(low) | (convert<vu>(high) << 16));
         }
       }
     }

@@ -21,10 +21,10 @@ VLM_INLINE vf round_f16(vf x) {
   const vf magnitude = (vf)((vu)x & 0x7fffffffu);
   const vu bits = (vu)magnitude;
   const vu normal = (bits + (0xfffu + ((bits >> 13) & 1u))) & ~0x1fffu;
-  const vu finite = normal >= 0x47800000u ? vu{} + 0x7f800000u : normal;
+  const vu finite = select(less((vi)normal, 0x47800000), normal, vu{} + 0x7f800000u);
   const vu subnormal = (vu)((magnitude + 0.75f) - 0.75f);  // 0.75 has steps of 2^-24
-  const vu rounded = magnitude < 0x1p-14f ? subnormal : finite;
-  return magnitude == magnitude ? (vf)(rounded | sign) : x;
+  const vu rounded = select(less(magnitude, 0x1p-14f), subnormal, finite);
+  return select(is_nan(x), x, (vf)(rounded | sign));
 }
 
 // x as the products take it: rounded to the dtype of the inputs, held in T.
@@ -56,21 +56,8 @@ VLM_INLINE void visit_vectors(int64_t n, Visit visit) {
   for (; j + kLanes <= n; j += kLanes) visit(j, ~vi{});
   if (j < n) {
     const int64_t last = n - kLanes;
-    visit(last, iota(static_cast<int32_t>(last)) >= static_cast<int32_t>(j));
+    visit(last, ~less(iota(static_cast<int32_t>(last)), static_cast<int32_t>(j)));
   }
-}
-
-VLM_INLINE vf sqrt(vf x) {
-#ifdef __SSE__
-  typedef float v4 __attribute__((vector_size(16)));
-  v4 parts[4];
-  std::memcpy(parts, &x, sizeof(x));
-  for (v4& part : parts) part = __builtin_ia32_sqrtps(part);
-  std::memcpy(&x, parts, sizeof(x));
-#else
-  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
-#endif
-  return x;
 }
 
 VLM_INLINE vf keep(vf x, vi lanes) { return (vf)((vi)x & lanes); }
@@ -93,22 +80,28 @@ struct Pair {
 // Eight words, each twice.
 VLM_INLINE vu twice(const float* p) {
   typedef uint32_t v8 __attribute__((vector_size(32)));
-  typedef uint64_t wide __attribute__((vector_size(64)));
-  v8 words;
-  std::memcpy(&words, p, sizeof(words));
-  const wide w = __builtin_convertvector(words, wide);
-  return (vu)(w | (w << 32));
+  return by_parts<vu>(
+      [](auto words) {
+        const auto wide = __builtin_convertvector(words, Part<uint64_t>);
+        return (Part<uint32_t>)(wide | (wide << 32));
+      },
+      load_as<v8>(p));
 }
 
 // Cosines, and sines with their signs, of sixteen features in eight interleaved pairs.
 VLM_INLINE Pair interleaved_angles(const float* cos, const float* sin) {
-  constexpr uint32_t minus = 0x80000000u;
-  const vu sign = {minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0};
+  const vu sign = (vu)~iota(0) << 31;  // of the even lanes
   return {(vf)twice(cos), (vf)(twice(sin) ^ sign)};
 }
 
 VLM_INLINE vf swap_pairs(vf x) {
-  return __builtin_shuffle(x, vi{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+  return by_parts<vf>(
+      [](auto p) {
+        Part<int32_t> lanes;
+        for (int k = 0; k < kPartLanes; ++k) lanes[k] = k ^ 1;
+        return __builtin_shuffle(p, lanes);
+      },
+      x);
 }
 
 // One pair at a time, in place. kSign = -1 turns backwards.
@@ -301,10 +294,10 @@ static void prepare_tiny_row(const char* src, int64_t d, const HeadNorm& norm, i
     }
   }
   rotate_pairs<1>(rope, row, x.x);
-  vf features = {};
+  alignas(64) float features[kLanes] = {};
   for (int64_t i = 0; i < d; ++i) features[i] = static_cast<float>(x.x[i]);
   alignas(64) T lanes[kLanes];
-  store_prepared<kType>(lanes, features);
+  store_prepared<kType>(lanes, load(features));
   std::memcpy(out, lanes, min(kLanes, count) * sizeof(T));
 }
 

@@ -38,7 +38,8 @@ constexpr int kExpDegree = sizeof(T) == 4 ? 5 : 3;
 
 // tanh(x), relative error 2e-7: a rational function of 2^y away from 0, a polynomial near it.
 VLM_INLINE vf tanh(vf x) {
-  const vf magnitude = x < 0.f ? -x : x;
+  const vu sign = (vu)x & 0x80000000u;
+  const vf magnitude = (vf)((vu)x ^ sign);
   const vf e = exp(magnitude * -2.f);
   const vf far = (1.f - e) / (1.f + e);
   const vf z = x * x;
@@ -46,8 +47,8 @@ VLM_INLINE vf tanh(vf x) {
   p = p * z + 1.3332966e-1f;
   p = p * z - 3.3333332e-1f;
   const vf near = magnitude + magnitude * z * p;
-  const vf r = magnitude < 0.35f ? near : far;
-  return x < 0.f ? -r : r;
+  const vf r = select(less(magnitude, 0.35f), near, far);
+  return (vf)((vu)r | sign);
 }
 
 // C (kRows, n) = A (kRows, k) B (k, n) [+ C] of n <= 8 columns; B in words, 8 of which can be read.
@@ -148,10 +149,10 @@ template <class T>
         if (r < x.rows) words = (vu)load_f32(row_ptr(x, dtype, r), dtype, d, x.cols);
       } else {
         if (r < x.rows) {
-          words = __builtin_convertvector(load_h(row_ptr(x, dtype, r), d, x.cols), vu);
+          words = convert<vu>(load_h(row_ptr(x, dtype, r), d, x.cols));
         }
         if (r + 1 < x.rows) {
-          words |= __builtin_convertvector(load_h(row_ptr(x, dtype, r + 1), d, x.cols), vu) << 16;
+          words |= convert<vu>(load_h(row_ptr(x, dtype, r + 1), d, x.cols)) << 16;
         }
       }
       store(out + d, words);
@@ -407,7 +408,8 @@ struct MaskRow {
     typedef uint8_t bytes __attribute__((vector_size(16)));
     bytes seen = {};
     std::memcpy(&seen, entries + key, min(kLanes, end - key));
-    return __builtin_convertvector(seen, vu) != 0u ? x : broadcast(kNegativeInfinity);
+    const vi hidden = equal(convert<vi>(seen), 0);
+    return select(hidden, broadcast(kNegativeInfinity), x);
   }
 };
 

@@ -55,10 +55,10 @@ struct Masks {
 
   VLM_INLINE void get(const Masks& m, int64_t row, int64_t col, vi& positive, vi& excluded) {
     const vi j = iota(static_cast<int32_t>(col));
-    excluded = j >= static_cast<int32_t>(m.cols);
-    positive = j == static_cast<int32_t>(row);
+    excluded = ~less(j, static_cast<int32_t>(m.cols));
+    positive = equal(j, static_cast<int32_t>(row));
     if (m.kind != Positives::diagonal) {
-      const vi same = load(m.col_ids + col) == m.row_ids[row];
+      const vi same = equal(load(m.col_ids + col), m.row_ids[row]);
       if (m.kind == Positives::ids) {
         positive = same;
       } else {
@@ -93,11 +93,11 @@ struct StatsTile {
       if (!kMasked) return x;
       vi positive, excluded;
       Masks::get(masks, t.row + r, t.col + p * kPanel + v * kLanes, positive, excluded);
-      return excluded ? broadcast(minus_inf) : x;
+      return select(excluded, broadcast(minus_inf), x);
     };
     const auto exponential = [&](vf x, vf shift) __attribute__((always_inline)) {
       const vf e = exp2((x - shift) * c);
-      return kMasked ? (x == minus_inf ? vf{} : e) : e;
+      return kMasked ? select(equal(x, minus_inf), vf{}, e) : e;
     };
     alignas(64) float row_max[kRows];
     vf col_max[kTileCols / kLanes];
@@ -164,9 +164,9 @@ struct StatsTile {
           Masks::get(masks, t.row + r, t.col + at, positive, excluded);
           const vf x = Tile::at(t, r, p, v);
           const vf y = (x - col_max) * c;
-          sum += excluded ? vf{} : exp2(y) * y;
-          best_positive = max(best_positive, positive ? x : lowest);
-          best_negative = max(best_negative, positive | excluded ? lowest : x);
+          sum += select(excluded, vf{}, exp2(y) * y);
+          best_positive = max(best_positive, select(positive, x, lowest));
+          best_negative = max(best_negative, select(positive | excluded, lowest, x));
         }
         store(part + kEntropy * bn + at, sum * to_nats);
         store(part + kBestPositive * bn + at, best_positive);
@@ -182,9 +182,9 @@ struct StatsTile {
           Masks::get(masks, t.row + r, t.col + p * kPanel + v * kLanes, positive, excluded);
           const vf x = Tile::at(t, r, p, v);
           const vf y = (x - row_max) * c;
-          sum += excluded ? vf{} : exp2(y) * y;
-          best_positive = max(best_positive, positive ? x : lowest);
-          best_negative = max(best_negative, positive | excluded ? lowest : x);
+          sum += select(excluded, vf{}, exp2(y) * y);
+          best_positive = max(best_positive, select(positive, x, lowest));
+          best_negative = max(best_negative, select(positive | excluded, lowest, x));
         }
       }
       row.entropy[t.row + r] += hsum(sum) * to_nats;
@@ -205,7 +205,7 @@ struct StatsTile {
           vi positive, excluded;
           Masks::get(masks, t.row + r, t.col + at, positive, excluded);
           const vf x = Tile::at(t, r, p, v);
-          const vf a = positive ? x : vf{}, b = excluded ? vf{} : x;
+          const vf a = select(positive, x, vf{}), b = select(excluded, vf{}, x);
           positive_sum += a;
           kept_sum += b;
           store(positive_part + at, load(positive_part + at) + a);
@@ -266,8 +266,8 @@ struct StatsTile {
         const vf fa = exp2(a), fb = exp2(b);
         if (col.entropy) {
           const vf zero = {};
-          const vf moved_a = a > -126.f ? a * (1.f / kLog2e) * sum : zero;
-          const vf moved_b = b > -126.f ? b * (1.f / kLog2e) * other_sum : zero;
+          const vf moved_a = select(less(-126.f, a), a * (1.f / kLog2e) * sum, zero);
+          const vf moved_b = select(less(-126.f, b), b * (1.f / kLog2e) * other_sum, zero);
           entropy = fa * (entropy + moved_a) + fb * (load(parts + kEntropy * bn) + moved_b);
           best_positive = max(best_positive, load(parts + kBestPositive * bn));
           best_negative = max(best_negative, load(parts + kBestNegative * bn));
@@ -317,8 +317,7 @@ struct GradTile {
       store(g.rows + at, a);
       store(g.rows + at + g.ld, b);
       if (g.panels) {
-        store(g.panels + panel, __builtin_convertvector(a, vu) | __builtin_convertvector(b, vu)
-                                                                     << 16);
+        store(g.panels + panel, convert<vu>(a) | convert<vu>(b) << 16);
       }
     }
   }
@@ -356,9 +355,9 @@ struct ClipEpilogue {
               vf taken = zero;
               if (kRow) taken += row.positive[i];
               if (kCol) taken += load(col.positive + j);
-              y = y - (positive ? taken : zero);
-              y = excluded ? zero : y;
-              sums[h] += excluded ? zero : y * x;
+              y = y - select(positive, taken, zero);
+              y = select(excluded, zero, y);
+              sums[h] += select(excluded, zero, y * x);
             } else {
               sums[h] += y * x;
             }
@@ -476,25 +475,25 @@ struct SigmoidEpilogue {
             vi positive = {}, excluded = {};
             if (!kPlain) {
               Masks::get(masks, i, j, positive, excluded);
-              z = positive ? -z : z;
+              z = select(positive, -z, z);
               if (col_weight) w *= load(col_weight + j);
             }
-            const vi above = z > 0.f;
-            const vf e = exp(above ? -z : z), linear = above ? z : zero;
+            const vi above = less(0.f, z);
+            const vf e = exp(select(above, -z, z)), linear = select(above, z, zero);
             if (kPlain) {  // the logarithm of a product, kept as what it is above 1
               losses[h] += linear;
               products[h] += e * products[h] + e;
             } else {
-              losses[h] += excluded ? zero : w * (linear + log1p_unit(e));
+              losses[h] += select(excluded, zero, w * (linear + log1p_unit(e)));
             }
             if constexpr (kGrad) {
               const vf inverse = reciprocal(e + 1.f);
-              vf y = w * (above ? inverse : e * inverse);
+              vf y = w * select(above, inverse, e * inverse);
               if (!kPlain) {
-                y = positive ? -y : y;
-                y = excluded ? zero : y;
+                y = select(positive, -y, y);
+                y = select(excluded, zero, y);
               }
-              by_similarity[h] += kPlain ? y * x : excluded ? zero : y * x;
+              by_similarity[h] += kPlain ? y * x : select(excluded, zero, y * x);
               by_logit[h] += y;
               g[h] = y;
             }

@@ -102,9 +102,9 @@ template <class T>
           store(reinterpret_cast<uint32_t*>(dst) + (w + i) * ld + group, v[i]);
         } else {
           const int64_t k = 2 * (w + i);
-          store(dst + k * ld + group, __builtin_convertvector(v[i] & 0xffffu, vh));
+          store(dst + k * ld + group, convert<vh>(v[i] & 0xffffu));
           if (k + 1 < x.cols) {
-            store(dst + (k + 1) * ld + group, __builtin_convertvector(v[i] >> 16, vh));
+            store(dst + (k + 1) * ld + group, convert<vh>(v[i] >> 16));
           }
         }
       }
@@ -130,7 +130,7 @@ template <class T>
         const vh low = inside ? load_h(p, d, x.cols) : vh{};
         const vh high =
             row + r + 1 < x.rows ? load_h(row_ptr(x, dtype, row + r + 1), d, x.cols) : vh{};
-        store(out, __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16));
+        store(out, convert<vu>(low) | (convert<vu>(high) << 16));
       }
     }
   }

@@ -1,7 +1,7 @@
-// Sixteen-lane vectors for the CPU kernels, written once: the compiler lowers them to one zmm, two
-// ymm or four xmm registers. Seven AVX-512 instructions that it does not find are named here. Only
-// for files compiled per ISA (namespace cpu::VLM_ISA); keep STL and torch headers out of those,
-// since an inline function compiled for AVX may win at link time.
+// Sixteen-lane vectors for the CPU kernels, written once: one zmm, two ymm or four xmm registers.
+// Instructions that the compiler does not find are named here. Only for files compiled per ISA
+// (namespace cpu::VLM_ISA); keep STL and torch headers out of those, since an inline function
+// compiled for AVX may win at link time.
 #pragma once
 
 #include <cstdint>
@@ -11,63 +11,244 @@ namespace vlm::cpu::VLM_ISA {
 
 constexpr int kLanes = 16;
 
+#define VLM_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kPartBytes = 64;
+#elif defined(__AVX__)
+constexpr int kPartBytes = 32;
+#else
+constexpr int kPartBytes = 16;
+#endif
+constexpr int kParts = 64 / kPartBytes;
+constexpr int kPartLanes = kLanes / kParts;
+
+template <class Lane>
+struct PartOf {
+  typedef Lane type __attribute__((vector_size(kPartBytes)));
+};
+template <class Lane>
+using Part = typename PartOf<Lane>::type;  // what one register holds
+
+#ifdef __AVX512F__
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
+#else
+// The compiler's own vectors, where they are wider than a register, are compared and selected lane
+// by lane and moved through memory: ten to thirty times as slow as by registers.
+template <class Lane>
+struct Vector {
+  mutable Part<Lane> part[kParts];  // GCC keeps a local that is const all through in memory
+
+  template <class To>
+  __attribute__((always_inline)) explicit operator Vector<To>() const;  // the same bits
+  Lane operator[](int64_t i) const { return part[i / kPartLanes][i % kPartLanes]; }
+
+#define VLM_OPERATOR(op)                                                                   \
+  friend inline __attribute__((always_inline)) Vector operator op(Vector a, Vector b) {    \
+    return by_parts<Vector>([](auto p, auto q) { return p op q; }, a, b);                  \
+  }                                                                                        \
+  friend inline __attribute__((always_inline)) Vector operator op(Vector a, Lane b) {      \
+    return by_parts<Vector>([](auto p, auto q) { return p op q; }, a, b);                  \
+  }                                                                                        \
+  friend inline __attribute__((always_inline)) Vector operator op(Lane a, Vector b) {      \
+    return by_parts<Vector>([](auto p, auto q) { return p op q; }, a, b);                  \
+  }                                                                                        \
+  template <class X>                                                                       \
+  friend inline __attribute__((always_inline)) Vector& operator op## = (Vector & a, X b) { \
+    return a = a op b;                                                                     \
+  }
+  VLM_OPERATOR(+)
+  VLM_OPERATOR(-)
+  VLM_OPERATOR(*)
+  VLM_OPERATOR(/)
+  VLM_OPERATOR(&)
+  VLM_OPERATOR(|)
+  VLM_OPERATOR(^)
+  VLM_OPERATOR(<<)
+  VLM_OPERATOR(>>)
+#undef VLM_OPERATOR
+  friend inline __attribute__((always_inline)) Vector operator-(Vector a) {
+    return by_parts<Vector>([](auto p) { return -p; }, a);
+  }
+  friend inline __attribute__((always_inline)) Vector operator~(Vector a) {
+    return by_parts<Vector>([](auto p) { return ~p; }, a);
+  }
+};
+
+typedef Vector<float> vf;
+typedef Vector<int32_t> vi;
+typedef Vector<uint32_t> vu;
+#endif
 typedef uint16_t vh __attribute__((vector_size(32)));
 
-// Unaligned, aliasing twins for memory access.
-typedef float vf_mem __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t vi_mem __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t vu_mem __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t vh_mem __attribute__((vector_size(32), aligned(2), may_alias));
+template <class Lane>
+Lane lane_of(Lane);
 
-#define VLM_INLINE static inline __attribute__((always_inline))
+// The i-th part of a vector, also of one with narrower lanes; a scalar as it is.
+template <int i, class X>
+VLM_INLINE auto part(const X& x) {
+  if constexpr (requires { x.part[0]; }) {
+    return x.part[i];
+  } else if constexpr (requires { x[0]; }) {
+    typedef decltype(lane_of(x[0])) Lane;
+    typedef Lane Piece __attribute__((vector_size(sizeof(X) / kParts)));
+    Piece p;
+    std::memcpy(&p, reinterpret_cast<const char*>(&x) + i * sizeof(p), sizeof(p));
+    return p;
+  } else {
+    return x;
+  }
+}
 
-VLM_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
-VLM_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_mem*>(p); }
-VLM_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_mem*>(p); }
-VLM_INLINE vh load(const uint16_t* p) { return *reinterpret_cast<const vh_mem*>(p); }
-VLM_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_mem*>(p) = x; }
-VLM_INLINE void store(uint32_t* p, vu x) { *reinterpret_cast<vu_mem*>(p) = x; }
-VLM_INLINE void store(uint16_t* p, vh x) { *reinterpret_cast<vh_mem*>(p) = x; }
+template <class Out, class... Pieces>
+VLM_INLINE Out join(Pieces... pieces) {
+  if constexpr (requires(Out x) { x.part[0]; }) {
+    return {{pieces...}};
+  } else {
+    Out out;
+    char* to = reinterpret_cast<char*>(&out);
+    ((std::memcpy(to, &pieces, sizeof(pieces)), to += sizeof(pieces)), ...);
+    return out;
+  }
+}
+
+// f(x...), part by part.
+template <class Out, class F, class... X>
+VLM_INLINE Out by_parts(F f, const X&... x) {
+  if constexpr (kParts == 1) {
+    return f(x...);
+  } else if constexpr (kParts == 2) {
+    return join<Out>(f(part<0>(x)...), f(part<1>(x)...));
+  } else {
+    return join<Out>(f(part<0>(x)...), f(part<1>(x)...), f(part<2>(x)...), f(part<3>(x)...));
+  }
+}
+
+#ifndef __AVX512F__
+template <class Lane>
+template <class To>
+inline Vector<Lane>::operator Vector<To>() const {
+  return by_parts<Vector<To>>([](auto p) { return (Part<To>)p; }, *this);
+}
+#endif
+
+// The lanes of a vector, of any width, as those of another type.
+template <class Out, class X>
+VLM_INLINE Out convert(X x) {
+  return by_parts<Out>(
+      [](auto p) {
+        typedef decltype(lane_of(Out{}[0])) Lane;
+        typedef Lane Piece __attribute__((vector_size(sizeof(Lane) * kPartLanes)));
+        return __builtin_convertvector(p, Piece);
+      },
+      x);
+}
+
+// Piece by piece: a whole vector would be copied through narrower registers.
+template <class Out>
+VLM_INLINE Out load_as(const void* p) {
+  typedef decltype(lane_of(Out{}[0])) Lane;
+  typedef Lane Piece __attribute__((vector_size(sizeof(Out) / kParts)));
+  typedef Piece Memory __attribute__((aligned(1), may_alias));
+  const Memory* from = static_cast<const Memory*>(p);
+  if constexpr (kParts == 1) {
+    return from[0];
+  } else if constexpr (kParts == 2) {
+    return join<Out>(Piece(from[0]), Piece(from[1]));
+  } else {
+    return join<Out>(Piece(from[0]), Piece(from[1]), Piece(from[2]), Piece(from[3]));
+  }
+}
+template <int i = 0, class X>
+VLM_INLINE void store_parts(void* p, const X& x) {
+  const auto piece = part<i>(x);
+  std::memcpy(static_cast<char*>(p) + i * sizeof(piece), &piece, sizeof(piece));
+  if constexpr (i + 1 < kParts) store_parts<i + 1>(p, x);
+}
+VLM_INLINE vf load(const float* p) { return load_as<vf>(p); }
+VLM_INLINE vi load(const int32_t* p) { return load_as<vi>(p); }
+VLM_INLINE vu load(const uint32_t* p) { return load_as<vu>(p); }
+VLM_INLINE vh load(const uint16_t* p) { return load_as<vh>(p); }
+VLM_INLINE void store(float* p, vf x) { store_parts(p, x); }
+VLM_INLINE void store(uint32_t* p, vu x) { store_parts(p, x); }
+VLM_INLINE void store(uint16_t* p, vh x) { store_parts(p, x); }
 
 VLM_INLINE vf broadcast(float x) { return x - vf{}; }
 VLM_INLINE vi broadcast(int32_t x) { return x - vi{}; }
 VLM_INLINE vi iota(int32_t first) {
-  return first + vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr int32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return first + load(lanes);
+}
+
+// Comparisons, of vectors of one type or of one with a scalar: all bits of a lane set, or none.
+template <class X, class Y>
+VLM_INLINE vi less(X a, Y b) {
+  return by_parts<vi>([](auto p, auto q) { return p < q; }, a, b);
+}
+template <class X, class Y>
+VLM_INLINE vi equal(X a, Y b) {
+  return by_parts<vi>([](auto p, auto q) { return p == q; }, a, b);
+}
+VLM_INLINE vi is_nan(vf x) {
+  return by_parts<vi>([](auto p) { return p != p; }, x);
+}
+
+// By lanes: a where the mask is set, else b.
+template <class X>
+VLM_INLINE X select(vi mask, X a, X b) {
+  return by_parts<X>([](auto m, auto p, auto q) { return m ? p : q; }, mask, a, b);
 }
 
 // A NaN in x is dropped: sums, not maxima, carry NaN to the result.
-VLM_INLINE vf max(vf accumulator, vf x) { return x > accumulator ? x : accumulator; }
+VLM_INLINE vf max(vf accumulator, vf x) {
+  return by_parts<vf>([](auto p, auto q) { return q > p ? q : p; }, accumulator, x);
+}
+
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
+
+// Halves combined, then quarters.
+template <class F>
+VLM_INLINE vf4 fold(vf x, F f) {
+  vf4 a[4];
+  std::memcpy(a, &x, sizeof(a));
+#ifdef __AVX__
+  vf8 b[2];
+  std::memcpy(b, &x, sizeof(b));
+  b[0] = f(b[0], b[1]);
+  std::memcpy(a, b, sizeof(b[0]));
+  return f(a[0], a[1]);
+#else
+  return f(f(a[0], a[2]), f(a[1], a[3]));
+#endif
+}
 
 VLM_INLINE float hsum(vf x) {
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
-  v8 a, b;
-  std::memcpy(&a, &x, 32);
-  std::memcpy(&b, reinterpret_cast<char*>(&x) + 32, 32);
-  a += b;
-  v4 c, d;
-  std::memcpy(&c, &a, 16);
-  std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
-  c += d;
+  const vf4 c = fold(x, [](auto p, auto q) { return p + q; });
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
 VLM_INLINE float hmax(vf x) {
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
-  v8 a, b;
-  std::memcpy(&a, &x, 32);
-  std::memcpy(&b, reinterpret_cast<char*>(&x) + 32, 32);
-  a = a > b ? a : b;
-  v4 c, d;
-  std::memcpy(&c, &a, 16);
-  std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
-  c = c > d ? c : d;
+  const vf4 c = fold(x, [](auto p, auto q) { return p > q ? p : q; });
   const float e = c[0] > c[2] ? c[0] : c[2], f = c[1] > c[3] ? c[1] : c[3];
   return e > f ? e : f;
+}
+
+VLM_INLINE vf sqrt(vf x) {
+  return by_parts<vf>(
+      [](auto p) {
+#if defined(__AVX__)
+        asm("vsqrtps %1, %0" : "=v"(p) : "v"(p));
+#elif defined(__SSE__)
+        p = __builtin_ia32_sqrtps(p);
+#else
+        for (int i = 0; i < kPartLanes; ++i) p[i] = __builtin_sqrtf(p[i]);
+#endif
+        return p;
+      },
+      x);
 }
 
 constexpr float kLog2e = 1.44269504088896340736f;
@@ -89,7 +270,7 @@ VLM_INLINE vf at_least(vf x, float low) {
   asm("vmaxps %1, %2, %0" : "=v"(x) : "v"(x), "v"(broadcast(low)));
   return x;
 #else
-  return x < low ? broadcast(low) : x;
+  return by_parts<vf>([](auto p, auto q) { return q > p ? q : p; }, x, broadcast(low));
 #endif
 }
 
@@ -115,18 +296,18 @@ struct Rounded {
     asm("vscalefps %2, %1, %0" : "=v"(p) : "v"(p), "v"(n.value));
     return p;
 #else
-    const vf r = (vf)((vu)p + ((vu)n.shifted << 23));
-    return p == p ? r : p;
+    return p * (vf)(((vu)n.shifted + 127u) << 23);
 #endif
   }
 };
 
-// x - floor(x), and p 2^floor(x): the two ends of 2^x. For -inf 0 and 0; NaN stays NaN. Without
-// AVX-512 p 2^floor(x) is 0 below -126, junk above 127, and `fraction` may be 1.
+// x - floor(x), and p 2^floor(x): the two ends of 2^x. For -inf the latter is 0; NaN stays NaN.
+// Without AVX-512 p 2^floor(x) is 0 below -126, junk above 127, and `fraction` may be 1.
 struct Floored {
-  vf x;
   vf fraction;
-#ifndef __AVX512F__
+#ifdef __AVX512F__
+  vf x;
+#else
   Rounded floor;
 #endif
 
@@ -134,11 +315,11 @@ struct Floored {
 #ifdef __AVX512F__
     vf fraction;
     asm("vreduceps $9, %1, %0" : "=v"(fraction) : "v"(x));  // floor, no exceptions
-    return {x, fraction};
+    return {fraction, x};
 #else
-    const vf y = at_least(x, -126.f);
+    const vf y = at_least(x, -126.75f);  // its floor, -127, makes the factor 0
     const Rounded floor = Rounded::of(y - 0.5f);
-    return {x, y - floor.value, floor};
+    return {y - floor.value, floor};
 #endif
   }
   VLM_INLINE vf scale(const Floored& n, vf p) {
@@ -146,7 +327,7 @@ struct Floored {
     asm("vscalefps %2, %1, %0" : "=v"(p) : "v"(p), "v"(n.x));
     return p;
 #else
-    return n.x < -126.f ? vf{} : Rounded::scale(n.floor, p);
+    return Rounded::scale(n.floor, p);
 #endif
   }
 };
@@ -196,7 +377,7 @@ VLM_INLINE vf log1p_unit(vf e) {
 VLM_INLINE vu bf16_bits(vf x) {
   const vu bits = (vu)x;
   const vu rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
-  return x == x ? rounded : (bits | 0x00400000u);
+  return select(is_nan(x), bits | 0x00400000u, rounded);
 }
 
 // log(1 + q) for q in [0, 2^100]: relative error 1e-7 however small q is; NaN stays NaN.
@@ -206,12 +387,12 @@ VLM_INLINE vf log1p(vf q) {
   const vf mantissa = (vf)((vi)u - (exponent << 23));
   const vf lost = q - (u - 1.f);  // by the rounding of u, where 1 is the larger
   const vf small = lost / u;
-  const vf r = __builtin_convertvector(exponent, vf) * 6.93147181e-1f + log1p_unit(mantissa - 1.f);
-  return q == q ? r + (q < 1.f ? small : vf{}) : q;
+  const vf r = convert<vf>(exponent) * 6.93147181e-1f + log1p_unit(mantissa - 1.f);
+  return select(is_nan(q), q, r + select(less(q, 1.f), small, vf{}));
 }
 
-VLM_INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
-VLM_INLINE vh to_bf16(vf x) { return __builtin_convertvector(bf16_bits(x) >> 16, vh); }
+VLM_INLINE vf from_bf16(vh x) { return (vf)(convert<vu>(x) << 16); }
+VLM_INLINE vh to_bf16(vf x) { return convert<vh>(bf16_bits(x) >> 16); }
 
 // The same by the instruction of CPUs with avx512_bf16: only where the products run in bf16.
 VLM_INLINE vh to_bf16_native(vf x) {
@@ -224,8 +405,6 @@ VLM_INLINE vh to_bf16_native(vf x) {
 #endif
 }
 
-typedef float vf8 __attribute__((vector_size(32)));
-
 // sum + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] of pairs of bf16, where the products run in bf16.
 VLM_INLINE vf8 dot_pairs(vf8 sum, vf8 a, vf8 b) {
 #ifdef __AVX512F__
@@ -236,15 +415,37 @@ VLM_INLINE vf8 dot_pairs(vf8 sum, vf8 a, vf8 b) {
   return sum;
 }
 
+#ifdef __F16C__
+VLM_INLINE vf from_f16(vh x) {
+  return by_parts<vf>(
+      [](auto h) {
+        Part<float> y;
+        asm("vcvtph2ps %1, %0" : "=v"(y) : "v"(h));
+        return y;
+      },
+      x);
+}
+
+VLM_INLINE vh to_f16(vf x) {
+  return by_parts<vh>(
+      [](auto p) {
+        typedef uint16_t Half __attribute__((vector_size(kPartBytes / 2)));
+        Half h;
+        asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(p));  // to nearest even
+        return h;
+      },
+      x);
+}
+#else
 // IEEE half to float: shift the exponent by a multiplication, which also handles subnormals.
 VLM_INLINE vf from_f16(vh x) {
-  const vu w = __builtin_convertvector(x, vu);
+  const vu w = convert<vu>(x);
   const vu magnitude = (w & 0x7fffu) << 13;
   const vu sign = (w & 0x8000u) << 16;
   const vf scaled = (vf)magnitude * 0x1p112f;
   const vu finite = (vu)scaled;
   const vu special = magnitude + (224u << 23);  // exponent 31 -> 255
-  return (vf)((magnitude >= (31u << 23) ? special : finite) | sign);
+  return (vf)(select(less((vi)magnitude, 31 << 23), finite, special) | sign);
 }
 
 VLM_INLINE vh to_f16(vf x) {
@@ -257,30 +458,46 @@ VLM_INLINE vh to_f16(vf x) {
   }
   return out;
 }
+#endif
 
-// Transposes a 16 x 16 block of words held in 16 vectors: swaps the off-diagonal blocks of size
-// 8, 4, 2, 1.
-template <int kStep>
-VLM_INLINE void transpose_step(vu (&v)[16]) {
-  vi low, high;
-  for (int k = 0; k < kLanes; ++k) {
-    low[k] = k & kStep ? kLanes + k - kStep : k;
-    high[k] = k & kStep ? kLanes + k : k + kStep;
+// Transposes a square of words: swaps the off-diagonal blocks of size kStep, then smaller ones.
+template <int kStep = kPartLanes / 2>
+VLM_INLINE void transpose_part(Part<uint32_t> (&v)[kPartLanes]) {
+  Part<int32_t> low, high;
+  for (int k = 0; k < kPartLanes; ++k) {
+    low[k] = k & kStep ? kPartLanes + k - kStep : k;
+    high[k] = k & kStep ? kPartLanes + k : k + kStep;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < kPartLanes; ++i) {
     if (i & kStep) continue;
-    const vu a = v[i], b = v[i + kStep];
+    const Part<uint32_t> a = v[i], b = v[i + kStep];
     v[i] = __builtin_shuffle(a, b, low);
     v[i + kStep] = __builtin_shuffle(a, b, high);
   }
+  if constexpr (kStep > 1) transpose_part<kStep / 2>(v);
 }
 
+// Transposes a 16 x 16 block of words held in 16 vectors.
 VLM_INLINE void transpose16(vu (&v)[16]) {
-  transpose_step<8>(v);
-  transpose_step<4>(v);
-  transpose_step<2>(v);
-  transpose_step<1>(v);
+#ifdef __AVX512F__
+  transpose_part(v);
+#else
+  vu from[16];
+  std::memcpy(from, v, sizeof(from));
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kParts; ++j) {
+      Part<uint32_t> square[kPartLanes];
+#pragma GCC unroll 8
+      for (int k = 0; k < kPartLanes; ++k) square[k] = from[i * kPartLanes + k].part[j];
+      transpose_part(square);
+#pragma GCC unroll 8
+      for (int k = 0; k < kPartLanes; ++k) v[j * kPartLanes + k].part[i] = square[k];
+    }
+  }
+#endif
 }
 
 VLM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
