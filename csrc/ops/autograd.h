@@ -61,8 +61,10 @@ inline torch::autograd::variable_list once_differentiable(
     if (x.defined() && x.requires_grad()) differentiable.push_back(x);
   }
   for (at::Tensor& grad : grads) {
-    if (grad.defined())
-      grad = SecondDerivative::apply(grad.detach(), at::TensorList(differentiable), op);
+    if (!grad.defined()) continue;
+    // A leaf of its own, since a node may have kept none of the sources.
+    grad =
+        SecondDerivative::apply(grad.detach().requires_grad_(), at::TensorList(differentiable), op);
   }
   return grads;
 }
