@@ -150,15 +150,12 @@ class Forward {
 
   void run() {
     if (plan_.sorted) sort_segments(in_, scratch_.order);
-    int64_t row = 0;
-    for (int64_t i = 0; scratch_.first && i < in_.segment_count; ++i) {
-      scratch_.first[i] = row;
-      row += in_.heads * in_.segments[i].queries;
-    }
+    if (scratch_.first) first_rows(in_, scratch_.first);
     const int64_t parts = plan_.parts * plan_.splits;
     parallel_for(in_.segment_count * in_.kv_heads * parts, [&](int64_t unit, int thread) {
       Ahead ahead = parts == 1 ? after(unit) : Ahead{};
-      unit_of(segment_of(unit / parts), unit / parts % in_.kv_heads, unit % parts, ahead, thread);
+      unit_of(segment_of(in_, scratch_.order, unit / parts), unit / parts % in_.kv_heads,
+              unit % parts, ahead, thread);
       gemm_.release();
     });
     if (plan_.splits > 1) {
@@ -183,7 +180,7 @@ class Forward {
   Ahead after(int64_t unit) const {
     unit += num_threads();
     if (unit >= in_.segment_count * in_.kv_heads) return {};
-    const AttentionSegment& s = in_.segments[segment_of(unit)];
+    const AttentionSegment& s = in_.segments[segment_of(in_, scratch_.order, unit)];
     const int64_t head = unit % in_.kv_heads;
     return {
         {head_rows(in_.query, in_.dtype, s, head * (in_.heads / in_.kv_heads), s.query_begin,
@@ -191,11 +188,6 @@ class Forward {
          in_.dtype},
         {head_rows(in_.key, in_.dtype, s, head, s.key_begin, s.keys, in_.head_dim), in_.dtype},
         {head_rows(in_.value, in_.dtype, s, head, s.key_begin, s.keys, in_.value_dim), in_.dtype}};
-  }
-
-  // Of the i-th (segment, key head) in order of work.
-  int64_t segment_of(int64_t i) const {
-    return scratch_.order ? scratch_.order[i / in_.kv_heads] : i / in_.kv_heads;
   }
 
   void unit_of(int64_t index, int64_t kv_head, int64_t part, Ahead& ahead, int thread) {
@@ -399,9 +391,6 @@ class Forward {
     if (begin > 0) std::memset(p, 0, begin * sizeof(T));
     if (end < depth) std::memset(p + end, 0, (depth - end) * sizeof(T));
   }
-
-  VLM_INLINE void put(float* p, vf x) { store(p, x); }
-  VLM_INLINE void put(bf16_t* p, vf x) { store(p, to_bf16_native(x)); }
 
   // Entries of the outer vectors that are not seen: -inf.
   VLM_INLINE void mask_ends(float* s, Interval seen) {

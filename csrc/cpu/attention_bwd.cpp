@@ -176,11 +176,7 @@ class Backward {
 
   void run() {
     if (plan_.sorted) sort_segments(in_, scratch_.order);
-    int64_t row = 0;
-    for (int64_t i = 0; scratch_.first && i < in_.segment_count; ++i) {
-      scratch_.first[i] = row;
-      row += in_.heads * in_.segments[i].queries;
-    }
+    if (scratch_.first) first_rows(in_, scratch_.first);
     const int64_t heads = in_.segment_count * in_.kv_heads;
     const int64_t norm = 2 * plan_.ldk * static_cast<int64_t>(sizeof(float));
     if (scratch_.query_norm) {
@@ -188,7 +184,7 @@ class Backward {
     }
     if (scratch_.key_norm) std::memset(scratch_.key_norm, 0, heads * plan_.splits * norm);
     const auto unit = [&](int64_t head, int64_t split, int thread) {
-      const int64_t segment = segment_of(head);
+      const int64_t segment = segment_of(in_, scratch_.order, head);
       Ahead ahead = plan_.splits == 1 ? ahead_of(head) : Ahead{};
       unit_of(segment, head % in_.kv_heads, split, ahead, thread);
       gemm_.release();
@@ -234,13 +230,13 @@ class Backward {
 
   Ahead ahead_of(int64_t unit) const {
     Ahead a{};
-    const int64_t now = segment_of(unit), kv_head = unit % in_.kv_heads;
+    const int64_t now = segment_of(in_, scratch_.order, unit), kv_head = unit % in_.kv_heads;
     a.query_grad = queries(grads_.query, now, kv_head, in_.head_dim);
     a.key_grad = keys(grads_.key, now, kv_head, in_.head_dim);
     a.value_grad = keys(grads_.value, now, kv_head, in_.value_dim);
     unit += num_threads();
     if (unit >= in_.segment_count * in_.kv_heads) return a;
-    const int64_t next = segment_of(unit), head = unit % in_.kv_heads;
+    const int64_t next = segment_of(in_, scratch_.order, unit), head = unit % in_.kv_heads;
     a.query = queries(in_.query, next, head, in_.head_dim);
     a.key = keys(in_.key, next, head, in_.head_dim);
     a.value = keys(in_.value, next, head, in_.value_dim);
@@ -262,11 +258,6 @@ class Backward {
     return {head_rows(x, in_.dtype, s, kv_head, s.key_begin, s.keys, dim), in_.dtype};
   }
 
-  // Of the i-th (segment, key head) in order of work.
-  int64_t segment_of(int64_t i) const {
-    return scratch_.order ? scratch_.order[i / in_.kv_heads] : i / in_.kv_heads;
-  }
-
   int64_t group() const { return in_.heads / in_.kv_heads; }
   int64_t tile_begin(int64_t tile) const { return tile * plan_.tile; }
 
@@ -276,10 +267,7 @@ class Backward {
     carve_thread<T>(in_, plan_, scratch_.threads + thread * scratch_.thread_bytes, &b);
     const Interval own{min(split * plan_.split_keys, segment.keys),
                        min((split + 1) * plan_.split_keys, segment.keys)};
-    if (own.empty()) {
-      if (plan_.splits > 1 || segment.queries > 0) no_keys(index, kv_head, split);
-      return;
-    }
+    if (own.empty()) return no_keys(index, kv_head, split);
     const Keys loaded = load_keys(segment, kv_head, own, b);
     const int64_t blocks = ceil_div(own.length(), plan_.key_block);
     const int64_t block = ceil_div(own.length(), blocks);  // evenly
@@ -529,9 +517,6 @@ class Backward {
     }
   }
 
-  VLM_INLINE void put(float* p, vf x) { store(p, x); }
-  VLM_INLINE void put(bf16_t* p, vf x) { store(p, to_bf16_native(x)); }
-
   // mask^T of a block, what is boolean as 0 and -inf.
   void load_mask(const AttentionSegment& segment, int64_t head, Interval keys, Interval queries,
                  const Buffers<T>& b) {
@@ -624,7 +609,6 @@ class Backward {
     float* const grads[] = {weight, bias};
     for (float* to : grads) {
       if (!to) continue;
-      std::memset(to, 0, (norm.head_stride ? heads : 1) * in_.head_dim * sizeof(float));
       for (int64_t i = 0; i < in_.segment_count * heads * splits; ++i) {
         const float* from = parts + i * 2 * plan_.ldk + (to == bias ? plan_.ldk : 0);
         float* sum = to + i / splits % heads * norm.head_stride;
@@ -676,23 +660,12 @@ class Backward {
                plan_.ldk;
   }
 
-  // A part without keys, or a segment without any.
+  // Of a segment shorter than others there may be nothing left for this part.
   void no_keys(int64_t index, int64_t kv_head, int64_t split) {
     if (!need_query_) return;
-    const AttentionSegment& segment = in_.segments[index];
-    for (int64_t g = 0; g < group(); ++g) {
-      const int64_t head = kv_head * group() + g;
-      if (plan_.splits > 1) {
-        std::memset(split_rows(index, head, split), 0, segment.queries * plan_.ldk * sizeof(float));
-        continue;
-      }
-      if (!grads_.query.data) continue;
-      const MutableMatrixRef to = head_rows(grads_.query, in_.dtype, segment, head,
-                                            segment.query_begin, segment.queries, in_.head_dim);
-      for (int64_t r = 0; r < to.rows; ++r) {
-        std::memset(static_cast<char*>(to.data) + r * to.stride * element_size(in_.dtype), 0,
-                    to.cols * element_size(in_.dtype));
-      }
+    const int64_t values = in_.segments[index].queries * plan_.ldk;
+    for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
+      std::memset(split_rows(index, head, split), 0, values * sizeof(float));
     }
   }
 

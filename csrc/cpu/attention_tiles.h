@@ -36,6 +36,10 @@ VLM_INLINE vf exp2_of(vf x) {
 template <class T>
 constexpr int kExpDegree = sizeof(T) == 4 ? 5 : 3;
 
+// An entry of P or dS as the products take it.
+VLM_INLINE void put(float* p, vf x) { store(p, x); }
+VLM_INLINE void put(bf16_t* p, vf x) { store(p, to_bf16_native(x)); }
+
 // tanh(x), relative error 2e-7: a rational function of 2^y away from 0, a polynomial near it.
 VLM_INLINE vf tanh(vf x) {
   const vu sign = (vu)x & 0x80000000u;
@@ -385,6 +389,20 @@ inline void sort_segments(const AttentionInputs& in, int32_t* order) {
       order[j] = moved;
     }
   }
+}
+
+// Where the results of each segment's heads begin in (rows of all segments and heads).
+inline void first_rows(const AttentionInputs& in, int64_t* first) {
+  int64_t row = 0;
+  for (int64_t i = 0; i < in.segment_count; ++i) {
+    first[i] = row;
+    row += in.heads * in.segments[i].queries;
+  }
+}
+
+// The segment of the i-th (segment, key head) in the order of work; null: as they come.
+inline int64_t segment_of(const AttentionInputs& in, const int32_t* order, int64_t i) {
+  return order ? order[i / in.kv_heads] : i / in.kv_heads;
 }
 
 // One query's row of the mask.

@@ -245,10 +245,6 @@ void check(const Args& a) {
 
 // --- the call, as the kernels see it ---
 
-Tensor rows_contiguous(const Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-}
-
 // A fresh tensor with the layout of the rows of heads `x`, (B, H, N, D) data or (B, N, H, D) data.
 Tensor heads_like(const Tensor& x, int64_t features, const at::TensorOptions& options) {
   if (x.dim() == 4 && x.stride(1) < x.stride(2)) {

@@ -1,4 +1,5 @@
-// Argument checks of the ops: each says what came, what was expected and how to mend it.
+// Argument checks of the ops: each says what came, what was expected and how to mend it. And the
+// form in which kernels take tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -48,6 +49,11 @@ inline void check_scalar(const char* op, const char* name, const at::Tensor& x) 
                    ", expected a floating-point tensor or a Python float");
   TORCH_CHECK_VALUE(x.numel() == 1 && x.dim() <= 1, op, ": ", name, " has shape ", x.sizes(),
                     ", expected one value of shape () or (1,)");
+}
+
+// What the kernels take: any strides, but the last.
+inline at::Tensor rows_contiguous(const at::Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
 
 }  // namespace vlm

@@ -7,6 +7,7 @@
 
 #include <atomic>
 
+#include "ops/check.h"
 #include "vlm/contrastive.h"
 
 namespace vlm {
@@ -51,10 +52,6 @@ struct Args {
 void check(const Args& a);
 void check_choice(const char* op, const char* name, int64_t value, int64_t last);
 void clip_check(const Args& a, double label_smoothing, int64_t directions, int64_t reduction);
-
-inline Tensor rows_contiguous(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
-}
 
 inline MatrixRef matrix(const Tensor& x) {
   return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)};

@@ -140,13 +140,8 @@ def attention(
             f"attention: query has {query.shape[1]} heads and key {key.shape[1]}; pass "
             "enable_gqa=True if each key head serves several query heads"
         )
-    left, right = (-1, -1) if window is None else _window("attention", window)
-    cos, sin, style = (None, None, "half") if rope is None else _rope("attention", rope)
-    q_norm_args = _NO_NORM if q_norm is None else _norm("attention", "q_norm", q_norm)
-    k_norm_args = _NO_NORM if k_norm is None else _norm("attention", "k_norm", k_norm)
-    args: tuple[Any, ...]
-    args = (query, key, value, attn_mask, kv_range, None, None, is_causal, left, right)
-    args += (scale, softcap, cos, sin, style != "half", *q_norm_args, *k_norm_args)
+    options = _options("attention", is_causal, window, scale, softcap, rope, q_norm, k_norm)
+    args = (query, key, value, attn_mask, kv_range, None, None, *options)
     if chosen == "reference":
         _check_reference("attention", *args)
         return reference.attention(
@@ -218,13 +213,8 @@ def attention_varlen(
                 f"attention_varlen: {name} is {type(cu_seqlens).__name__}, expected an int32 "
                 "tensor of shape (segments + 1,)"
             )
-    left, right = (-1, -1) if window is None else _window("attention_varlen", window)
-    cos, sin, style = (None, None, "half") if rope is None else _rope("attention_varlen", rope)
-    q_norm_args = _NO_NORM if q_norm is None else _norm("attention_varlen", "q_norm", q_norm)
-    k_norm_args = _NO_NORM if k_norm is None else _norm("attention_varlen", "k_norm", k_norm)
-    args: tuple[Any, ...]
-    args = (query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, is_causal, left, right)
-    args += (scale, softcap, cos, sin, style != "half", *q_norm_args, *k_norm_args)
+    options = _options("attention_varlen", is_causal, window, scale, softcap, rope, q_norm, k_norm)
+    args = (query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, *options)
     if chosen == "reference":
         _check_reference("attention_varlen", *args)
         return reference.attention_varlen(
@@ -244,6 +234,25 @@ def attention_varlen(
         )
     out, lse = _forward("attention_varlen", args)
     return (out, lse) if return_lse else out
+
+
+def _options(
+    op: str,
+    is_causal: bool,
+    window: Window | None,
+    scale: float | None,
+    softcap: float,
+    rope: Rope | None,
+    q_norm: HeadNorm | None,
+    k_norm: HeadNorm | None,
+) -> tuple[Any, ...]:
+    """The end of the schema's arguments, which both functions share."""
+    left, right = (-1, -1) if window is None else _window(op, window)
+    cos, sin, style = (None, None, "half") if rope is None else _rope(op, rope)
+    q_norm_args = _NO_NORM if q_norm is None else _norm(op, "q_norm", q_norm)
+    k_norm_args = _NO_NORM if k_norm is None else _norm(op, "k_norm", k_norm)
+    numbers = (is_causal, left, right, scale, softcap)
+    return (*numbers, cos, sin, style != "half", *q_norm_args, *k_norm_args)
 
 
 def _forward(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ struct MutableHeadsRef {
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
-// One attention problem: an entry of a batch, or a packed image or sequence (batch 0). Its queries
-// see its own keys only.
+// One attention problem: an entry of a batch, or a packed image or sequence (batch 0), with at
+// least one query and one key. Its queries see its own keys only.
 struct AttentionSegment {
   int64_t batch = 0;
   int64_t query_begin = 0, key_begin = 0;  // its first rows
@@ -78,10 +78,10 @@ struct AttentionInputs {
 };
 
 // Gradients; data == nullptr: not needed. query, key and value come in the dtype of the inputs, the
-// rest in fp32.
+// rest in fp32, zeroed by the caller: kernels add to them.
 struct AttentionGrads {
   MutableHeadsRef query, key, value;
-  // Sum over what the mask broadcasts, at these strides; zeroed by the caller.
+  // Sum over what the mask broadcasts, at these strides.
   float* mask = nullptr;
   int64_t mask_batch_stride = 0, mask_head_stride = 0, mask_row_stride = 0;
   float* query_norm_weight = nullptr;  // as HeadNorm::weight
