@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "ops/bind.h"
@@ -24,62 +25,8 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-struct NormArgs {
-  const char* name;
-  const OptionalTensor& weight;
-  const OptionalTensor& bias;
-  double eps;
-  bool layer;
-};
-
-// The arguments of a call, dense (B, H, N, D) or packed (T, H, D).
-struct Args {
-  const Tensor& query;
-  const Tensor& key;
-  const Tensor& value;
-  const OptionalTensor& mask;
-  const OptionalTensor& kv_range;
-  const OptionalTensor& cu_seqlens_q;
-  const OptionalTensor& cu_seqlens_k;
-  bool is_causal;
-  int64_t window_left, window_right;
-  std::optional<double> scale;
-  double softcap;
-  const OptionalTensor& rope_cos;
-  const OptionalTensor& rope_sin;
-  bool rope_interleaved;
-  NormArgs q_norm, k_norm;
-
-  Args(VLM_ATTENTION_PARAMS)
-      : query(query),
-        key(key),
-        value(value),
-        mask(mask),
-        kv_range(kv_range),
-        cu_seqlens_q(cu_seqlens_q),
-        cu_seqlens_k(cu_seqlens_k),
-        is_causal(is_causal),
-        window_left(window_left),
-        window_right(window_right),
-        scale(scale),
-        softcap(softcap),
-        rope_cos(rope_cos),
-        rope_sin(rope_sin),
-        rope_interleaved(rope_interleaved),
-        q_norm{"q_norm", q_weight, q_bias, q_eps, q_layer},
-        k_norm{"k_norm", k_weight, k_bias, k_eps, k_layer} {}
-
-  bool packed() const { return cu_seqlens_q || cu_seqlens_k; }
-  const char* op() const { return packed() ? "attention_varlen" : "attention"; }
-  int64_t rows_dim() const { return packed() ? 0 : 2; }
-  int64_t batch() const { return packed() ? 1 : query.size(0); }
-  int64_t heads() const { return query.size(1); }
-  int64_t kv_heads() const { return key.size(1); }
-  int64_t queries() const { return query.size(rows_dim()); }
-  int64_t keys() const { return key.size(rows_dim()); }
-  int64_t head_dim() const { return query.size(-1); }
-  int64_t value_dim() const { return value.size(-1); }
-};
+using Args = AttentionArgs;
+using NormArgs = AttentionNorm;
 
 // --- checks ---
 
@@ -233,16 +180,6 @@ void check_norm(const Args& a, const NormArgs& norm, int64_t heads) {
   }
 }
 
-void check(const Args& a) {
-  check_tensors(a);
-  check_masks(a);
-  check_segments(a);
-  check_numbers(a);
-  check_rope(a);
-  check_norm(a, a.q_norm, a.heads());
-  check_norm(a, a.k_norm, a.kv_heads());
-}
-
 // --- the call, as the kernels see it ---
 
 // A fresh tensor with the layout of the rows of heads `x`, (B, H, N, D) data or (B, N, H, D) data.
@@ -261,12 +198,6 @@ Ref heads_ref(const Tensor& x, Data* data) {
   return {data, 0, x.stride(1), x.stride(0)};
 }
 
-HeadsRef input(const Tensor& x) { return heads_ref<HeadsRef>(x, x.const_data_ptr()); }
-
-MutableHeadsRef output(const Tensor& x) {
-  return heads_ref<MutableHeadsRef>(x, x.mutable_data_ptr());
-}
-
 Tensor f32_contiguous(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
 
 int64_t stride_or_0(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); }
@@ -278,6 +209,168 @@ Tensor four_dims(const Tensor& x) {
   strides.append(x.strides().begin(), x.strides().end());
   return x.as_strided(sizes, strides);
 }
+
+HeadNorm norm(const NormArgs& args, Tensor* held) {
+  HeadNorm n;
+  if (!args.weight) return n;
+  n.kind = args.layer ? HeadNorm::layer : HeadNorm::rms;
+  held[0] = f32_contiguous(*args.weight);
+  n.weight = held[0].const_data_ptr<float>();
+  if (args.bias) {
+    held[1] = f32_contiguous(*args.bias);
+    n.bias = held[1].const_data_ptr<float>();
+  }
+  n.head_stride = args.weight->dim() == 2 ? args.weight->size(1) : 0;
+  n.eps = static_cast<float>(args.eps);
+  return n;
+}
+
+}  // namespace
+
+void check(const Args& a) {
+  check_tensors(a);
+  check_masks(a);
+  check_segments(a);
+  check_numbers(a);
+  check_rope(a);
+  check_norm(a, a.q_norm, a.heads());
+  check_norm(a, a.k_norm, a.kv_heads());
+}
+
+void check_saved(const Args& a, const Tensor& grad, const OptionalTensor& grad_lse,
+                 const Tensor& out, const Tensor& lse) {
+  at::DimVector rows(a.query.sizes());
+  rows.back() = a.value_dim();
+  const auto fits = [&](const Tensor& x) {
+    return x.sizes() == rows && x.scalar_type() == a.query.scalar_type();
+  };
+  TORCH_CHECK_VALUE(fits(out) && fits(grad), a.op(), " backward: out has shape ", out.sizes(),
+                    " and its gradient ", grad.sizes(), ", which do not belong to these queries");
+  const auto lengths = [&](const Tensor& x) {
+    return x.numel() == a.batch() * a.heads() * a.queries() && x.scalar_type() == at::kFloat;
+  };
+  TORCH_CHECK_VALUE(lengths(lse) && (!grad_lse || lengths(*grad_lse)), a.op(),
+                    " backward: lse has shape ", lse.sizes(),
+                    " and does not belong to these queries");
+}
+
+HeadsRef input(const Tensor& x) { return heads_ref<HeadsRef>(x, x.const_data_ptr()); }
+
+MutableHeadsRef output(const Tensor& x) {
+  return heads_ref<MutableHeadsRef>(x, x.mutable_data_ptr());
+}
+
+AttentionOperands::AttentionOperands(const Args& a, Tensor (*readable)(const Tensor&))
+    : query_(readable(a.query)), key_(readable(a.key)), value_(readable(a.value)) {
+  in.query = input(query_);
+  in.key = input(key_);
+  in.value = input(value_);
+  in.dtype = feature_dtype(a.op(), "query", a.query);
+  in.heads = a.heads();
+  in.kv_heads = a.kv_heads();
+  in.head_dim = a.head_dim();
+  in.value_dim = a.value_dim();
+  in.scale =
+      static_cast<float>(a.scale.value_or(1.0 / std::sqrt(static_cast<double>(a.head_dim()))));
+  in.softcap = static_cast<float>(a.softcap);
+  in.lse_head_stride = a.queries();
+  in.lse_batch_stride = a.heads() * a.queries();
+  if (a.mask) use_mask(a);
+  if (a.rope_cos) use_rope(a);
+  in.query_norm = norm(a.q_norm, norms_);
+  in.key_norm = norm(a.k_norm, norms_ + 2);
+}
+
+void AttentionOperands::use_mask(const Args& a) {
+  mask_ = four_dims(*a.mask);
+  if (mask_.size(3) != a.keys()) {
+    mask_ = mask_.expand({-1, -1, -1, a.keys()}).contiguous();
+  } else if (mask_.stride(3) != 1 && mask_.size(3) != 1) {
+    mask_ = mask_.contiguous();
+  }
+  const bool boolean = mask_.scalar_type() == at::kBool;
+  in.mask.kind = boolean ? AttentionMask::boolean : AttentionMask::additive;
+  in.mask.data = mask_.const_data_ptr();
+  if (!boolean) in.mask.dtype = feature_dtype(a.op(), "attn_mask", mask_);
+  in.mask.batch_stride = stride_or_0(mask_, 0);
+  in.mask.head_stride = stride_or_0(mask_, 1);
+  in.mask.row_stride = stride_or_0(mask_, 2);
+}
+
+void AttentionOperands::use_rope(const Args& a) {
+  cos_ = a.rope_cos->contiguous();
+  sin_ = a.rope_sin->contiguous();
+  in.rope.cos = cos_.const_data_ptr<float>();
+  in.rope.sin = sin_.const_data_ptr<float>();
+  in.rope.half = cos_.size(-1);
+  in.rope.batch_stride = cos_.dim() == 3 ? stride_or_0(cos_, 0) : 0;
+  in.rope.interleaved = a.rope_interleaved;
+}
+
+AttentionFwdResult empty_results(const Args& a) {
+  const auto f32 = a.query.options().dtype(at::kFloat);
+  return {heads_like(a.query, a.value_dim(), a.query.options()),
+          a.packed() ? at::empty({a.heads(), a.queries()}, f32)
+                     : at::empty({a.batch(), a.heads(), a.queries()}, f32)};
+}
+
+AttentionGradients::AttentionGradients(const Args& a, int64_t needs) : a_(a) {
+  const auto like = [&](const Tensor& x, int64_t need, MutableHeadsRef& ref) {
+    if (!(needs & need)) return at::empty({0}, x.options());
+    const Tensor grad = heads_like(x, x.size(-1), x.options());
+    ref = output(grad);
+    return grad;
+  };
+  query_ = like(a.query, kNeedQuery, grads.query);
+  key_ = like(a.key, kNeedKey, grads.key);
+  value_ = like(a.value, kNeedValue, grads.value);
+
+  const auto f32 = a.query.options().dtype(at::kFloat);
+  if (a.mask && needs & kNeedMask && a.mask->scalar_type() != at::kBool) {
+    at::DimVector sizes(four_dims(*a.mask).sizes());
+    sizes[3] = a.keys();
+    f32_[0] = at::zeros(sizes, f32);
+    grads.mask = f32_[0].mutable_data_ptr<float>();
+    grads.mask_batch_stride = stride_or_0(f32_[0], 0);
+    grads.mask_head_stride = stride_or_0(f32_[0], 1);
+    grads.mask_row_stride = stride_or_0(f32_[0], 2);
+  }
+  const auto sums = [&](const OptionalTensor& x, int64_t need, Tensor& grad) -> float* {
+    if (!x || !(needs & need)) return nullptr;
+    grad = at::zeros(x->sizes(), f32);
+    return grad.mutable_data_ptr<float>();
+  };
+  grads.query_norm_weight = sums(a.q_norm.weight, kNeedQueryWeight, f32_[1]);
+  grads.query_norm_bias = sums(a.q_norm.bias, kNeedQueryBias, f32_[2]);
+  grads.key_norm_weight = sums(a.k_norm.weight, kNeedKeyWeight, f32_[3]);
+  grads.key_norm_bias = sums(a.k_norm.bias, kNeedKeyBias, f32_[4]);
+}
+
+void AttentionGradients::zero() {
+  for (const Tensor* x : {&query_, &key_, &value_}) x->zero_();
+}
+
+AttentionBwdResult AttentionGradients::results() {
+  if (f32_[0].defined() && four_dims(*a_.mask).size(3) != a_.keys()) {
+    f32_[0] = f32_[0].sum(3, /*keepdim=*/true);
+  }
+  const auto like = [&](const Tensor& grad, const OptionalTensor& x) {
+    if (!grad.defined()) return at::empty({0}, a_.query.options());
+    return grad.view(x->sizes()).to(x->scalar_type());
+  };
+  return {query_,
+          key_,
+          value_,
+          like(f32_[0], a_.mask),
+          like(f32_[1], a_.q_norm.weight),
+          like(f32_[2], a_.q_norm.bias),
+          like(f32_[3], a_.k_norm.weight),
+          like(f32_[4], a_.k_norm.bias)};
+}
+
+namespace {
+
+// --- on the CPU ---
 
 std::vector<int64_t> segment_ends(const Args& a, const char* name, const Tensor& cu, int64_t rows) {
   std::vector<int64_t> ends(cu.size(0));
@@ -294,34 +387,12 @@ std::vector<int64_t> segment_ends(const Args& a, const char* name, const Tensor&
   return ends;
 }
 
-// What the kernels take, and the memory it points to.
-class Call {
+// Which keys each query sees, as segments and intervals.
+class Call : public AttentionOperands {
  public:
-  AttentionInputs in;
   bool gaps = false;  // some rows are in no segment, or in one without queries or keys
 
-  explicit Call(const Args& a)
-      : a_(a),
-        query_(rows_contiguous(a.query)),
-        key_(rows_contiguous(a.key)),
-        value_(rows_contiguous(a.value)) {
-    in.query = input(query_);
-    in.key = input(key_);
-    in.value = input(value_);
-    in.dtype = feature_dtype(a.op(), "query", a.query);
-    in.heads = a.heads();
-    in.kv_heads = a.kv_heads();
-    in.head_dim = a.head_dim();
-    in.value_dim = a.value_dim();
-    in.scale =
-        static_cast<float>(a.scale.value_or(1.0 / std::sqrt(static_cast<double>(a.head_dim()))));
-    in.softcap = static_cast<float>(a.softcap);
-    in.lse_head_stride = a.queries();
-    in.lse_batch_stride = a.heads() * a.queries();
-    if (a.mask) use_mask(*a.mask);
-    if (a.rope_cos) use_rope();
-    in.query_norm = norm(a.q_norm, norms_);
-    in.key_norm = norm(a.k_norm, norms_ + 2);
+  explicit Call(const Args& a) : AttentionOperands(a, rows_contiguous), a_(a) {
     if (a.packed()) {
       add_packed();
     } else {
@@ -330,53 +401,10 @@ class Call {
     in.segments = segments_.data();
     in.segment_count = static_cast<int64_t>(segments_.size());
   }
-  Call(const Call&) = delete;
-  Call& operator=(const Call&) = delete;
 
   bool empty() const { return segments_.empty(); }
 
  private:
-  void use_mask(const Tensor& mask) {
-    mask_ = four_dims(mask);
-    if (mask_.size(3) != a_.keys()) {
-      mask_ = mask_.expand({-1, -1, -1, a_.keys()}).contiguous();
-    } else if (mask_.stride(3) != 1 && mask_.size(3) != 1) {
-      mask_ = mask_.contiguous();
-    }
-    const bool boolean = mask.scalar_type() == at::kBool;
-    in.mask.kind = boolean ? AttentionMask::boolean : AttentionMask::additive;
-    in.mask.data = mask_.const_data_ptr();
-    if (!boolean) in.mask.dtype = feature_dtype(a_.op(), "attn_mask", mask);
-    in.mask.batch_stride = stride_or_0(mask_, 0);
-    in.mask.head_stride = stride_or_0(mask_, 1);
-    in.mask.row_stride = stride_or_0(mask_, 2);
-  }
-
-  void use_rope() {
-    cos_ = a_.rope_cos->contiguous();
-    sin_ = a_.rope_sin->contiguous();
-    in.rope.cos = cos_.const_data_ptr<float>();
-    in.rope.sin = sin_.const_data_ptr<float>();
-    in.rope.half = cos_.size(-1);
-    in.rope.batch_stride = cos_.dim() == 3 ? stride_or_0(cos_, 0) : 0;
-    in.rope.interleaved = a_.rope_interleaved;
-  }
-
-  static HeadNorm norm(const NormArgs& args, Tensor* held) {
-    HeadNorm n;
-    if (!args.weight) return n;
-    n.kind = args.layer ? HeadNorm::layer : HeadNorm::rms;
-    held[0] = f32_contiguous(*args.weight);
-    n.weight = held[0].const_data_ptr<float>();
-    if (args.bias) {
-      held[1] = f32_contiguous(*args.bias);
-      n.bias = held[1].const_data_ptr<float>();
-    }
-    n.head_stride = args.weight->dim() == 2 ? args.weight->size(1) : 0;
-    n.eps = static_cast<float>(args.eps);
-    return n;
-  }
-
   // The keys of a segment that its queries see by their place, which is that of key i + shift;
   // false: all of them.
   bool intervals(int64_t queries, int64_t keys, int64_t shift, int32_t* range) const {
@@ -481,17 +509,9 @@ class Call {
   }
 
   const Args& a_;
-  Tensor query_, key_, value_, mask_, cos_, sin_;
-  Tensor norms_[4];  // weight and bias of the queries, then of the keys, fp32
   std::vector<AttentionSegment> segments_;
   std::vector<int32_t> ranges_;
 };
-
-Tensor empty_lse(const Args& a) {
-  const auto options = a.query.options().dtype(at::kFloat);
-  if (a.packed()) return at::empty({a.heads(), a.queries()}, options);
-  return at::empty({a.batch(), a.heads(), a.queries()}, options);
-}
 
 // -> out, in the layout of the queries, and lse (B, H, Nq) or (H, Tq)
 [[maybe_unused]] AttentionFwdResult attention_fwd(VLM_ATTENTION_PARAMS) {
@@ -499,8 +519,7 @@ Tensor empty_lse(const Args& a) {
   check(a);
   const Call call(a);
 
-  const Tensor out = heads_like(query, a.value_dim(), query.options());
-  const Tensor lse = empty_lse(a);
+  const auto [out, lse] = empty_results(a);
   if (call.gaps) {
     out.zero_();
     lse.fill_(-std::numeric_limits<float>::infinity());
@@ -510,42 +529,6 @@ Tensor empty_lse(const Args& a) {
   cpu::attention_fwd(call.in, output(out), lse.mutable_data_ptr<float>(),
                      scratch.mutable_data_ptr());
   return {out, lse};
-}
-
-// Gradients of what the kernels take in fp32: at the shape they write, then at that of `x`.
-struct F32Grad {
-  Tensor grad;
-  float* data = nullptr;
-
-  F32Grad(const OptionalTensor& x, bool needed, at::IntArrayRef sizes) {
-    if (!needed || !x) return;
-    grad = at::zeros(sizes, x->options().dtype(at::kFloat));
-    data = grad.mutable_data_ptr<float>();
-  }
-
-  Tensor as(const OptionalTensor& x, const Tensor& query) const {
-    if (!grad.defined()) return at::empty({0}, query.options());
-    return grad.view(x->sizes()).to(x->scalar_type());
-  }
-};
-
-at::IntArrayRef sizes_of(const OptionalTensor& x) { return x ? x->sizes() : at::IntArrayRef(); }
-
-void check_saved(const Args& a, const Tensor& grad, const OptionalTensor& grad_lse,
-                 const Tensor& out, const Tensor& lse) {
-  at::DimVector rows(a.query.sizes());
-  rows.back() = a.value_dim();
-  const auto fits = [&](const Tensor& x) {
-    return x.sizes() == rows && x.scalar_type() == a.query.scalar_type();
-  };
-  TORCH_CHECK_VALUE(fits(out) && fits(grad), a.op(), " backward: out has shape ", out.sizes(),
-                    " and its gradient ", grad.sizes(), ", which do not belong to these queries");
-  const auto lengths = [&](const Tensor& x) {
-    return x.numel() == a.batch() * a.heads() * a.queries() && x.scalar_type() == at::kFloat;
-  };
-  TORCH_CHECK_VALUE(lengths(lse) && (!grad_lse || lengths(*grad_lse)), a.op(),
-                    " backward: lse has shape ", lse.sizes(),
-                    " and does not belong to these queries");
 }
 
 // -> gradients of query, key, value, mask, and weight and bias of q_norm and k_norm; (0,) where not
@@ -559,61 +542,18 @@ void check_saved(const Args& a, const Tensor& grad, const OptionalTensor& grad_l
   check_saved(a, grad, grad_lse, out, lse);
   const Call call(a);
 
-  const auto like = [&](const Tensor& x, int64_t need) {
-    return needs & need ? heads_like(x, x.size(-1), x.options()) : at::empty({0}, x.options());
-  };
-  const Tensor grad_query = like(query, kNeedQuery);
-  const Tensor grad_key = like(key, kNeedKey);
-  const Tensor grad_value = like(value, kNeedValue);
-  AttentionGrads grads;
-  if (needs & kNeedQuery) grads.query = output(grad_query);
-  if (needs & kNeedKey) grads.key = output(grad_key);
-  if (needs & kNeedValue) grads.value = output(grad_value);
-
-  const bool need_mask = mask && needs & kNeedMask && mask->scalar_type() != at::kBool;
-  at::DimVector mask_sizes;
-  if (need_mask) {
-    mask_sizes = four_dims(*mask).sizes();
-    mask_sizes[3] = a.keys();
-  }
-  F32Grad grad_mask(mask, need_mask, mask_sizes);
-  if (need_mask) {
-    grads.mask = grad_mask.data;
-    grads.mask_batch_stride = stride_or_0(grad_mask.grad, 0);
-    grads.mask_head_stride = stride_or_0(grad_mask.grad, 1);
-    grads.mask_row_stride = stride_or_0(grad_mask.grad, 2);
-  }
-  const F32Grad grad_q_weight(q_weight, needs & kNeedQueryWeight, sizes_of(q_weight));
-  const F32Grad grad_q_bias(q_bias, needs & kNeedQueryBias, sizes_of(q_bias));
-  const F32Grad grad_k_weight(k_weight, needs & kNeedKeyWeight, sizes_of(k_weight));
-  const F32Grad grad_k_bias(k_bias, needs & kNeedKeyBias, sizes_of(k_bias));
-  grads.query_norm_weight = grad_q_weight.data;
-  grads.query_norm_bias = grad_q_bias.data;
-  grads.key_norm_weight = grad_k_weight.data;
-  grads.key_norm_bias = grad_k_bias.data;
-
-  if (call.gaps) {
-    for (const Tensor* x : {&grad_query, &grad_key, &grad_value}) x->zero_();
-  }
+  AttentionGradients gradients(a, needs);
+  if (call.gaps) gradients.zero();
   if (!call.empty()) {
     const Tensor g = rows_contiguous(grad), o = rows_contiguous(out), l = lse.contiguous();
     const Tensor gl = grad_lse ? grad_lse->contiguous() : Tensor();
+    const AttentionGrads& grads = gradients.grads;
     const Tensor scratch =
         take_workspace({cpu::attention_bwd_scratch_bytes(call.in, grads)}, at::kByte);
     cpu::attention_bwd(call.in, input(g), gl.defined() ? gl.const_data_ptr<float>() : nullptr,
                        input(o), l.const_data_ptr<float>(), grads, scratch.mutable_data_ptr());
   }
-  if (need_mask && four_dims(*mask).size(3) != a.keys()) {
-    grad_mask.grad = grad_mask.grad.sum(3, /*keepdim=*/true);
-  }
-  return {grad_query,
-          grad_key,
-          grad_value,
-          grad_mask.as(mask, query),
-          grad_q_weight.as(q_weight, query),
-          grad_q_bias.as(q_bias, query),
-          grad_k_weight.as(k_weight, query),
-          grad_k_bias.as(k_bias, query)};
+  return gradients.results();
 }
 
 #define VLM_ATTENTION_SCHEMA                                                              \
@@ -640,7 +580,20 @@ TORCH_LIBRARY_IMPL(vlm_kernels, CPU, m) {
 
 }  // namespace
 
+void set_attention_kernels(const std::string& kind) {
+  using cuda::AttentionKernels;
+  TORCH_CHECK_VALUE(kind == "auto" || kind == "short" || kind == "long",
+                    "set_attention_kernels: kind is '", kind,
+                    "', expected 'auto', 'short' or 'long'");
+  attention_kernels = kind == "short"  ? AttentionKernels::short_rows
+                      : kind == "long" ? AttentionKernels::long_rows
+                                       : AttentionKernels::automatic;
+}
+
 void bind_attention(pybind11::module_& m) {
+  m.def("set_attention_kernels", &set_attention_kernels, pybind11::arg("kind"),
+        "Which CUDA kernels run attention: 'auto', by shape, or 'short' (keys and values of a head "
+        "in shared memory) or 'long' wherever they can.");
   bind_op<AttentionFwd>(m, "attention_fwd");
   bind_op<AttentionBwd>(m, "attention_bwd");
 }

@@ -10,12 +10,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from vlm_kernels.ops import attention
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "emulation"
@@ -94,3 +97,11 @@ def extension() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def emulated_attention(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """CPU tensors of attention go to the emulated CUDA kernels; gives `_C_emu`."""
+    monkeypatch.setattr(attention, "_C", extension)
+    yield extension
+    extension.set_attention_kernels("auto")

@@ -148,6 +148,7 @@ TORCH_LIBRARY_IMPL(VLM_LIBRARY, CUDA, m) { m.impl("probe", probe); }
 PYBIND11_MODULE(_C_emu, m) {
   m.doc() = "The extension of vlm_kernels with its CUDA ops emulated on CPU tensors.";
   emulate_all_ops();
+  vlm::bind_attention(m);
   vlm::bind_contrastive(m);
   vlm::bind_workspace(m);
 }

@@ -107,4 +107,43 @@ void attention_bwd(const AttentionInputs& in, const HeadsRef& grad, const float*
                    void* scratch);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Who runs a call that several kernels could: by shape, or one of them wherever it can.
+enum class AttentionKernels { automatic, short_rows, long_rows };
+
+// A call on the device: every pointer is one of the device, and no function below waits for it or
+// reads from it. 16-bit inputs, head dims that are multiples of 8 up to 128, rows that begin at
+// multiples of 16 bytes. `in.segments` is not read: a batch is `batch` problems of `queries` x
+// `keys`, a packed call is one of them all (batch 1), cut by the offsets below. Offsets and ranges
+// may hold anything: they are clamped.
+struct AttentionCall {
+  AttentionInputs in;
+  int64_t batch = 0, queries = 0, keys = 0;
+  // The keys that query i sees: around key i, or where packed around key i + nk - nq of its
+  // segment; -1: no limit. Causal: window_right = 0.
+  int64_t window_left = -1, window_right = -1;
+  const int32_t* range = nullptr;          // (batch or 1, heads or 1, queries, 2), or null
+  int64_t range_batch_stride = 0;          // in int32, as in.range_head_stride
+  const int32_t* query_offsets = nullptr;  // (segments + 1,), or null: not packed
+  const int32_t* key_offsets = nullptr;
+  int64_t segments = 0;
+  AttentionKernels kernels = AttentionKernels::automatic;
+  void* stream = nullptr;
+};
+
+// Bytes of scratch of a forward, and of a backward that forms `grads`.
+int64_t attention_scratch_bytes(const AttentionCall& call);
+int64_t attention_bwd_scratch_bytes(const AttentionCall& call, const AttentionGrads& grads);
+
+// As the functions of namespace cpu, but that lse is written always, and that every row of the
+// outputs is. Each returns nullptr, or why a kernel did not start.
+const char* attention_fwd(const AttentionCall& call, const MutableHeadsRef& out, float* lse,
+                          void* scratch);
+const char* attention_bwd(const AttentionCall& call, const HeadsRef& grad, const float* grad_lse,
+                          const HeadsRef& out, const float* lse, const AttentionGrads& grads,
+                          void* scratch);
+
+}  // namespace cuda
 }  // namespace vlm

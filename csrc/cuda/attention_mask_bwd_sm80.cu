@@ -1,0 +1,12 @@
+#include "cuda/attention.cuh"
+#include "cuda/launch.cuh"
+
+namespace vlm::cuda {
+
+int64_t mask_bwd_scratch_bytes(const Problem&) { return 0; }
+const char* mask_bwd(const Problem&, DType, const BackwardArgs&, const AttentionGrads&, void*,
+                     cudaStream_t) {
+  return "not written yet";
+}
+
+}  // namespace vlm::cuda
