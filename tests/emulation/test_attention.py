@@ -20,7 +20,7 @@ def attention(*args: Any, **keywords: Any) -> Any:
 
 def test_what_the_kernels_do_not_take_is_an_error() -> None:
     query, key, value, *_ = spec.make_inputs(1, 1, 4, 4, 16)
-    with pytest.raises(TypeError, match="bfloat16 and float16.*triton"):
+    with pytest.raises(TypeError, match=r"bfloat16 and float16.*triton"):
         attention(query, key, value)
     for d in (12, 136):
         query, key, value, *_ = spec.make_inputs(1, 1, 4, 4, d, torch.bfloat16)
