@@ -29,6 +29,7 @@ from .ops.attention import (
     sliding_window,
 )
 from .ops.contrastive import clip_loss, siglip_loss
+from .ops.patch_embed import patch_embed
 
 __all__ = [
     "__version__",
@@ -42,6 +43,7 @@ __all__ = [
     "image_blocks",
     "mrope",
     "nn",
+    "patch_embed",
     "per_image_cross_attention",
     "prefix_lm",
     "register_attention",

@@ -93,5 +93,6 @@ PYBIND11_MODULE(_C, m) {
         "{'devices': descriptions, 'error': why CUDA cannot be used, or None}.");
   vlm::bind_attention(m);
   vlm::bind_contrastive(m);
+  vlm::bind_patch_embed(m);
   vlm::bind_workspace(m);
 }

@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
+#include <vector>
 
 // The emulated kernels are a library of their own, so that both can live in one process.
 #ifdef VLM_EMULATED
@@ -26,6 +27,16 @@ c10::TypedOperatorHandle<Signature> op_handle(const char* name) {
       .typed<Signature>();
 }
 
+// What Python passes for a parameter.
+template <class X>
+struct FromPython {
+  using type = X;
+};
+template <class X>
+struct FromPython<at::ArrayRef<X>> {
+  using type = std::vector<X>;
+};
+
 template <class Signature>
 struct OpBinder;
 
@@ -34,7 +45,10 @@ struct OpBinder<Result(Args...)> {
   static void bind(pybind11::module_& m, const char* name) {
     const auto handle = op_handle<Result(Args...)>(name);
     m.def(
-        name, [handle](Args... args) { return handle.call(std::forward<Args>(args)...); },
+        name,
+        [handle](typename FromPython<Args>::type... args) {
+          return handle.call(static_cast<Args>(args)...);
+        },
         pybind11::call_guard<pybind11::gil_scoped_release>());
   }
 };

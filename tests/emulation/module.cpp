@@ -150,5 +150,6 @@ PYBIND11_MODULE(_C_emu, m) {
   emulate_all_ops();
   vlm::bind_attention(m);
   vlm::bind_contrastive(m);
+  vlm::bind_patch_embed(m);
   vlm::bind_workspace(m);
 }

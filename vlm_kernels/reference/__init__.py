@@ -2,5 +2,6 @@
 
 from .attention import attention, attention_varlen
 from .contrastive import clip_loss, siglip_loss
+from .patch_embed import patch_embed
 
-__all__ = ["attention", "attention_varlen", "clip_loss", "siglip_loss"]
+__all__ = ["attention", "attention_varlen", "clip_loss", "patch_embed", "siglip_loss"]
