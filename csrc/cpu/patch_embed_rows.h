@@ -115,27 +115,31 @@ VLM_INLINE const char* images_end(const PatchEmbedInputs& in) {
   return static_cast<const char*>(im.data) + (last + 1) * element_size(im.dtype);
 }
 
-// The raw pixels of a patch, 0 beyond the image, and 0 up to the next even column.
+// The pixels of a patch less in.centre, those beyond the image as padding says, and 0 up to the
+// next even column. Centred pixels lose nothing in T, and their sums cancel less against the bias.
 template <class T, DType kType>
 VLM_INLINE void gather_patch(const PatchEmbedInputs& in, const Token& t, const char* end, T* row) {
   constexpr int64_t kSize = element_size(kType);
   const char* const data = static_cast<const char*>(in.images.data);
   const int64_t length = Runs(in).length;
+  const vf centre = broadcast(in.centre);
   for_runs(in, t, [&](int64_t column, int64_t at, int64_t inside) __attribute__((always_inline)) {
     const char* p = data + at * kSize;
     T* const to = row + column;
     if (inside == length && p + round_up(length, kLanes) * kSize <= end) {
-      for (int64_t i = 0; i < length; i += kLanes) put(to + i, pixels(p + i * kSize, kType));
+      for (int64_t i = 0; i < length; i += kLanes)
+        put(to + i, pixels(p + i * kSize, kType) - centre);
       return;
     }
     for (int64_t i = 0; i < length; i += kLanes) {
       alignas(64) char tail[64] = {};
       if (i < inside) std::memcpy(tail, p + i * kSize, min(kLanes, inside - i) * kSize);
-      put(to + i, pixels(tail, kType));
+      const vf x = pixels(tail, kType) - centre;
+      const vi there = less(iota(static_cast<int32_t>(i)), static_cast<int32_t>(inside));
+      put(to + i, in.pad_normalised ? select(there, x, vf{}) : x);
     }
   });
-  const int64_t columns = in.columns();
-  put(row + columns, vf{});
+  put(row + in.columns(), vf{});
 }
 
 template <class T>
@@ -229,8 +233,9 @@ template <class T>
   const int64_t ld = patch_ld<T>(in);
   for (int padding = 0; padding < kPaddings; ++padding, shift += ld) {
     std::memset(shift, 0, ld * sizeof(float));
-    Columns::for_each(Columns(in),
-                      [&](int64_t k, int64_t, int64_t channel) { shift[k] = in.shift[channel]; });
+    Columns::for_each(Columns(in), [&](int64_t k, int64_t, int64_t channel) {
+      shift[k] = in.shift[channel] - in.centre;
+    });
     if (!in.pad_normalised || padding == 0) continue;
     // the last patch of its kind tells which of its columns lie beyond the image
     const Token last{0, 0, 0, padding & 2 ? in.grid_height - 1 : 0,

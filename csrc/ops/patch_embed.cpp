@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -216,6 +217,8 @@ struct Call {
       scale_.push_back(static_cast<float>(rescale / (a.std.empty() ? 1.0 : a.std[c])));
       shift_.push_back(static_cast<float>((a.mean.empty() ? 0.0 : a.mean[c]) / rescale));
     }
+    for (const float shift : shift_) in.centre += shift / static_cast<float>(shift_.size());
+    if (im.dtype == DType::u8) in.centre = std::round(std::clamp(in.centre, 0.f, 255.f));
     in.scale = scale_.data();
     in.shift = shift_.data();
     in.pad_normalised = a.pad_normalised;

@@ -42,6 +42,7 @@ struct PatchEmbedInputs {
   int64_t collapse = 1;          // times whose weights add up to that of a still image; else 1
   const float* scale = nullptr;  // (channels)
   const float* shift = nullptr;  // (channels), in raw pixels
+  float centre = 0.f;            // of the shifts; a whole number where pixels are
   bool pad_normalised = false;   // pixels beyond an image are 0 after normalisation, else before
   const void* bias = nullptr;    // (E) of `dtype`, or null
   TokenRows pos;                 // (prefixed + patches) of `dtype`
