@@ -10,10 +10,11 @@ import torch
 
 TILE = 64
 Tiles = list[list[int]]  # first, count, begin, end, shift
+Offsets = tuple[list[int], list[int]]  # of queries, of keys
 
 
 def found(
-    emulator: Any, offsets: tuple[list[int], list[int]], rows: tuple[int, int]
+    emulator: Any, offsets: Offsets, rows: tuple[int, int]
 ) -> list[Tiles]:
     """The tiles of the queries and of the keys, unused ones too."""
     segments = len(offsets[0]) - 1
@@ -24,7 +25,7 @@ def found(
     return [t.tolist() for t in tiles]
 
 
-def wanted(offsets: tuple[list[int], list[int]], rows: tuple[int, int]) -> list[Tiles]:
+def wanted(offsets: Offsets, rows: tuple[int, int]) -> list[Tiles]:
     """By the definition, one row after the other."""
     sides = []
     for given, n in zip(offsets, rows, strict=True):
@@ -49,7 +50,7 @@ def without_shifts(tiles: Tiles) -> Tiles:
     return [[*t[:2], *(t[2:] if t[2] < t[3] else (0, 0, 0))] for t in tiles]
 
 
-def check(emulator: Any, offsets: tuple[list[int], list[int]], rows: tuple[int, int]) -> None:
+def check(emulator: Any, offsets: Offsets, rows: tuple[int, int]) -> None:
     for tiles, exact, n in zip(found(emulator, offsets, rows), wanted(offsets, rows), rows):
         used = [t for t in tiles if t[1] > 0]
         assert tiles == used + [[0] * 5] * (len(tiles) - len(used))
