@@ -16,7 +16,9 @@ constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kTileRows = 64;  // queries, or keys, of a tile of the kernels for long rows
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr __host__ __device__ int64_t round_up(int64_t x, int64_t to) {
+  return (x + to - 1) / to * to;
+}
 constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // ---------------------------------------------------------------------------------------------
