@@ -129,9 +129,20 @@ def _prepared(call: Call, x: Tensor, norm: Norm | None, first: int, places: Tens
 def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     arch = _tiles.architecture(call.device)
     dim = max(sum(call.pieces), sum(call.value_pieces))
-    tile = _attention_tiles.choose(arch, out.element_size(), dim, call.typical)
+    side_by_side = _attention_tiles.multiprocessors(call.device)
+    tile = _attention_tiles.choose(
+        arch,
+        out.element_size(),
+        dim,
+        call.mask is not None,
+        call.typical,
+        call.b * call.h * triton.cdiv(call.nq, call.typical),
+        side_by_side,
+    )
     tiles = triton.cdiv(call.nq, tile.queries)
-    splits = _splits(call, tiles, tile.keys)
+    # programs share the keys of a tile of queries where multiprocessors would have nothing to do
+    free = side_by_side // (call.b * call.h * tiles)
+    splits = max(1, min(free, triton.cdiv(call.nk, tile.keys * _KEY_TILES)))
     heads = call.heads(out)
     target, target_lse, split_stride, lse_stride = heads, lse, 0, 0
     if splits > 1:
@@ -185,13 +196,6 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
             target, target_lse, heads, lse, call.nq, call.h, blocks, splits, split_stride,
             lse_stride, *heads.stride()[:3], DV=call.dv, BV=width, BR=block, num_warps=4,
         )  # fmt: skip
-
-
-def _splits(call: Call, tiles: int, key_tile: int) -> int:
-    """How many programs share the keys of a tile of queries, so that all multiprocessors work."""
-    programs = call.b * call.h * tiles
-    free = _attention_tiles.multiprocessors(call.device) // programs
-    return max(1, min(free, triton.cdiv(call.nk, key_tile * _KEY_TILES)))
 
 
 def _mask_kind(mask: Tensor | None) -> int:
