@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -79,19 +79,17 @@ def check_replay(step: Step, change: Callable[[], object]) -> None:
 
 def on_a_thread_and_stream(step: Step) -> Sequence[Tensor]:
     """What `step` gives on a stream and a thread of its own."""
-    found: list[Tensor] = []
 
-    def work() -> None:
+    def work() -> Sequence[Tensor]:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            found.extend(step())
+            found = step()
         stream.synchronize()
+        return found
 
     torch.cuda.synchronize()
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    return found
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def peak_bytes(step: Step) -> int:
