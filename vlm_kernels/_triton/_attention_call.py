@@ -52,14 +52,15 @@ class Call:
     Attributes:
         query, key, value: (B, H, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv), any strides but the
             last, which is 1.
-        q, k: what is multiplied: query and key, or where there is a norm or a rotation contiguous
-            copies of theirs, in the same dtype.
+        q, k: what is multiplied: query and key, or contiguous copies in the same dtype where a norm
+            or a rotation changes them (`attention.prepare`).
         mask: (B, H, Nq, Nk) bool or floating, stride 0 where it broadcasts, or None; attn_mask:
             as it came.
         rows: (1 or B, 1 or H, Nq, 2) int32, the interval of keys that each query sees, or None.
         scale, softcap: of the scores; group: query heads of a key head.
         q_norm, k_norm, rope: None where there is none.
         pieces, value_pieces: of D and Dv, see `pieces`.
+        typical: queries of a head, or on average of a packed segment.
         empty: no query or no key, so nothing to compute.
     """
 
@@ -97,6 +98,8 @@ class Call:
         _, self.kv_heads, self.nk, self.dv = self.value.shape
         self.device, self.dtype = query.device, query.dtype
         self.empty = 0 in (self.b, self.h, self.nq, self.nk)
+        segments = 1 if cu_seqlens_q is None else max(1, cu_seqlens_q.shape[0] - 1)
+        self.typical = -(-self.nq // segments)
         self.group = self.h // max(self.kv_heads, 1)
         self.scale = 1 / math.sqrt(self.d) if scale is None else scale
         self.softcap = softcap

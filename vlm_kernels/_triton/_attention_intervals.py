@@ -119,4 +119,4 @@ def _segments(nq: int, nk: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Ten
     inside = (s < count) & (i >= q[0])
     s = s.clamp(max=count - 1)
     begin, end, place = k[s], k[s + 1], i + k[s + 1] - q[s + 1]
-    return tuple(torch.where(inside, t, 0) for t in (begin, end, place))
+    return torch.where(inside, begin, 0), torch.where(inside, end, 0), torch.where(inside, place, 0)
