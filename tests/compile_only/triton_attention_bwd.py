@@ -100,4 +100,6 @@ def _of(
         yield _tiled(kernels.dq_kernel, arch, dtype, dim, each, tiles.dq)
         if each[1] == kernels.ADDITIVE:
             for by_row in (True, False):
-                yield _tiled(kernels.dmask_kernel, arch, dtype, dim, each, tiles.dmask, BY_ROW=by_row)
+                yield _tiled(
+                    kernels.dmask_kernel, arch, dtype, dim, each, tiles.dmask, BY_ROW=by_row
+                )

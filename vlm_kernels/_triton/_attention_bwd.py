@@ -20,11 +20,14 @@ from . import _attention_bwd_kernels as kernels
 from . import _attention_intervals as intervals
 from . import _tiles
 from ._attention_call import Call, Norm, Rope, rows_contiguous
+from ._attention_kernels import HALVES, INTERLEAVED, LAYER, NO_NORM, NO_ROPE, RMS
+from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
 from .contrastive import _precision
 
 QUERY, KEY, VALUE, MASK, Q_WEIGHT, Q_BIAS, K_WEIGHT, K_BIAS = (1 << i for i in range(8))
 """Bits of `needs`, as csrc/ops/attention.h has them, in the order of the gradients."""
 
+ALIGNED = 8
 DELTA_ROWS = 64
 PREPARE_ROWS, PREPARE_TILES = 16, 16
 _PROGRAMS = 264  # two for each multiprocessor of an H200
@@ -58,7 +61,9 @@ def tiles(arch: int, itemsize: int, dim: int) -> Tiles:
     """Those of heads of at most `dim` features."""
     if arch == _tiles.INTERPRETER:
         return _TABLE[arch, 2, 256]
-    return _TABLE[arch, itemsize, min(d for a, i, d in _TABLE if (a, i) == (arch, itemsize) and d >= dim)]
+    return _TABLE[
+        arch, itemsize, min(d for a, i, d in _TABLE if (a, i) == (arch, itemsize) and d >= dim)
+    ]
 
 
 def backward(
@@ -158,6 +163,7 @@ class _Backward:
             HAS_LSE=self.grad_lse is not None,
             D=call.dv,
             WIDTH=triton.next_power_of_2(call.dv),
+            ALIGN=_align(self.out, self.grad),
             BM=DELTA_ROWS,
         )
         return delta
@@ -180,11 +186,11 @@ class _Backward:
             strides += (0, 0) if x is None else (_stride(x, 0), _stride(x, 1))
         return tuple(strides)
 
-    def _options(self, tile: Tile) -> dict[str, Any]:
+    def _options(self, tile: Tile, *outs: Tensor) -> dict[str, Any]:
         call = self.call
-        mask = kernels.NO_MASK
+        mask = NO_MASK
         if call.mask is not None:
-            mask = kernels.BOOL if call.mask.dtype == torch.bool else kernels.ADDITIVE
+            mask = BOOL_MASK if call.mask.dtype == torch.bool else ADDITIVE_MASK
         return {
             "HAS_ROWS": call.rows is not None,
             "MASK": mask,
@@ -193,6 +199,7 @@ class _Backward:
             **dict(zip(("D0", "D1", "D2"), call.pieces)),
             "DV": call.dv,
             **dict(zip(("V0", "V1", "V2"), call.value_pieces)),
+            "ALIGN": _align(call.q, call.k, call.value, self.grad, *outs),
             "PRECISION": _precision(),
             "BM": tile.queries,
             "BN": tile.keys,
@@ -225,7 +232,7 @@ class _Backward:
             call.softcap,
             NEED_KEY=of_key is not None,
             NEED_VALUE=of_value is not None,
-            **self._options(tile),
+            **self._options(tile, *outs),
         )
 
     def _dq(self, of_query: Tensor) -> None:
@@ -247,7 +254,7 @@ class _Backward:
             call.nk,
             call.scale,
             call.softcap,
-            **self._options(tile),
+            **self._options(tile, parts),
         )
         if splits > 1:
             of_query.copy_(parts.sum(0))
@@ -308,12 +315,12 @@ class _Backward:
         )
         changed = norm is not None or rope is not None
         if of_rows is not None and changed and not call.empty:
-            kind = kernels.NO_NORM
+            kind = NO_NORM
             if norm is not None:
-                kind = kernels.LAYER if norm.layer else kernels.RMS
-            turn = kernels.NO_ROPE
+                kind = LAYER if norm.layer else RMS
+            turn = NO_ROPE
             if rope is not None:
-                turn = kernels.INTERLEAVED if rope.interleaved else kernels.HALF
+                turn = INTERLEAVED if rope.interleaved else HALVES
             places = None if rope is None else rope.places
             need_x = result.dim() > 1
             out = call.heads(result) if need_x else x
@@ -344,6 +351,7 @@ class _Backward:
                 NEED_BIAS=need_bias,
                 D=d,
                 WIDTH=triton.next_power_of_2(d),
+                ALIGN=_align(x, out),
                 BM=PREPARE_ROWS,
                 TILES=PREPARE_TILES,
             )
@@ -367,3 +375,9 @@ def _stride(x: Tensor, dim: int) -> int:
 def _splits(programs: int, steps: int) -> int:
     """Programs that share the `steps` of one, where there are too few to fill the device."""
     return max(1, min(_PROGRAMS // programs, steps // _LEAST))
+
+
+def _align(*tensors: Tensor) -> int:
+    """Features that all rows begin at multiples of: with 8 they are loaded 16 bytes at a time."""
+    strides = (n for x in tensors for n in x.stride()[:-1])
+    return ALIGNED if all(n % ALIGNED == 0 for n in strides) else 1

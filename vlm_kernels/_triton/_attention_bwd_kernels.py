@@ -2,7 +2,8 @@
 
 Names, for a query i and a key j: s is the score, P = exp(s - lse), dP = dO v^T, and
 dS = P (dP - delta), the gradient of the score after softcap and mask. Tensors are (B, H, N, D) with
-strides b, h and n; features lie together, in pieces of D0, D1 and D2 of them (0: there is none).
+strides b, h and n, all multiples of ALIGN; features lie together, in pieces of D0, D1 and D2 of
+them (0: there is none).
 A grid's first axis counts tiles fastest, then the heads of each entry of the batch.
 """
 
@@ -12,49 +13,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._compat import INTERPRET, cast, dot
+from ._attention_kernels import HALVES, LAYER
+from ._attention_math import ADDITIVE_MASK, BOOL_MASK, LOG2E, load_rows, store_rows, tanh, wide
+from ._compat import cast, dot, span
 
-NO_MASK, BOOL, ADDITIVE = 0, 1, 2
-NO_NORM, RMS, LAYER = 0, 1, 2
-NO_ROPE, HALF, INTERLEAVED = 0, 1, 2
-
-_BOOL, _ADDITIVE = tl.constexpr(BOOL), tl.constexpr(ADDITIVE)
-_LAYER, _HALF = tl.constexpr(LAYER), tl.constexpr(HALF)
-_LOG2E = tl.constexpr(1.4426950408889634)
+_BOOL_MASK, _ADDITIVE_MASK = tl.constexpr(BOOL_MASK), tl.constexpr(ADDITIVE_MASK)
+_LAYER, _HALVES = tl.constexpr(LAYER), tl.constexpr(HALVES)
 
 
 @triton.jit
-def _bound(x):
-    """`x` as an end of a range. The interpreter's scalars are arrays, which numpy takes for none."""
-    if INTERPRET:
-        return x.handle.data.item()
-    return x
+def _rows_of(base, b, h, i, stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
+    """Where rows i of head h of entry b begin."""
+    base += b * wide(stride_b, ALIGN) + h * wide(stride_h, ALIGN)
+    return base + i.to(tl.int64) * wide(stride_n, ALIGN)
 
 
 @triton.jit
-def _features(base, rows, stride, inside, D: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
-    """(rows, SIZE) features from START on, 0 beyond D and where not `inside`."""
-    features = START + tl.arange(0, SIZE)
-    mask = inside[:, None]
-    if START + SIZE > D:
-        mask = mask & (features < D)[None, :]
-    at = base + rows.to(tl.int64)[:, None] * stride + features[None, :]
-    return tl.load(at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _load(
-    base, rows, stride, inside,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-):  # fmt: skip
-    """Rows of a head, piece by piece."""
-    x0 = _features(base, rows, stride, inside, D, 0, D0)
+def _load(rows, inside, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Rows of a head, piece by piece; 0 where not `inside`."""
+    x0 = load_rows(rows, inside, 0, D0, D, True)
     x1 = 0.0
     x2 = 0.0
     if D1 > 0:
-        x1 = _features(base, rows, stride, inside, D, D0, D1)
+        x1 = load_rows(rows, inside, D0, D1, D, True)
     if D2 > 0:
-        x2 = _features(base, rows, stride, inside, D, D0 + D1, D2)
+        x2 = load_rows(rows, inside, D0 + D1, D2, D, True)
     return x0, x1, x2
 
 
@@ -101,40 +84,16 @@ def _add_product(
 
 
 @triton.jit
-def _store_features(
-    base, rows, stride, inside, x, factor,
-    D: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    features = START + tl.arange(0, SIZE)
-    at = base + rows.to(tl.int64)[:, None] * stride + features[None, :]
-    mask = inside[:, None] & (features < D)[None, :]
-    tl.store(at, cast(x * factor, base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _store(
-    base, rows, stride, inside, x, factor,
+    rows, inside, x, factor,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """factor * x, in the dtype of where it goes."""
-    _store_features(base, rows, stride, inside, x[0], factor, D, 0, D0)
+    store_rows(rows, x[0] * factor, inside, 0, D0, D)
     if D1 > 0:
-        _store_features(base, rows, stride, inside, x[1], factor, D, D0, D1)
+        store_rows(rows, x[1] * factor, inside, D0, D1, D)
     if D2 > 0:
-        _store_features(base, rows, stride, inside, x[2], factor, D, D0 + D1, D2)
-
-
-@triton.jit
-def _tanh(x):
-    """To 2e-7 of its value: the difference of exponentials alone would cancel near 0."""
-    u = x * x
-    p = u * -0.00627638759 + 0.021116214
-    p = p * u - 0.0538751382
-    p = p * u + 0.13332924
-    p = p * u - 0.333333304
-    e = tl.exp2(tl.abs(x) * (-2.0 * _LOG2E))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(u < 0.36, x + x * u * p, tl.where(x < 0, -far, far))
+        store_rows(rows, x[2] * factor, inside, D0 + D1, D2, D)
 
 
 @triton.jit
@@ -167,10 +126,10 @@ def _probability(
     """
     slope = 1.0
     if SOFTCAP:
-        t = _tanh(s * (scale / softcap))
+        t = tanh(s * (scale / softcap))
         slope = 1.0 - t * t
         s = softcap * t
-    elif MASK == _ADDITIVE:
+    elif MASK == _ADDITIVE_MASK:
         s = s * scale
     seen = j < nk
     if HAS_ROWS:
@@ -178,15 +137,15 @@ def _probability(
     if MASK:
         at = mask + i.to(tl.int64) * mask_n + j.to(tl.int64) * mask_k
         inside = (i < nq) & (j < nk)
-    if MASK == _BOOL:
+    if MASK == _BOOL_MASK:
         seen = seen & (tl.load(at, mask=inside, other=0) != 0)
-    if MASK == _ADDITIVE:
+    if MASK == _ADDITIVE_MASK:
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    if SOFTCAP or MASK == _ADDITIVE:
+    if SOFTCAP or MASK == _ADDITIVE_MASK:
         # the difference first: the lowest finite number times log2(e) would be -inf
-        p = tl.exp2((s - lse) * _LOG2E)
+        p = tl.exp2((s - lse) * LOG2E)
     else:
-        p = tl.exp2(s * (scale * _LOG2E) - lse * _LOG2E)
+        p = tl.exp2(s * (scale * LOG2E) - lse * LOG2E)
     return tl.where(seen, p, 0.0), slope
 
 
@@ -195,7 +154,8 @@ def _probability(
 def delta_kernel(
     out, grad, lse, grad_lse, delta,
     out_b, out_h, out_n, grad_b, grad_h, grad_n, heads, nq,
-    HAS_LSE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    HAS_LSE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip
     """delta (B, H, nq) = sum(dO * O) - dlse of each query, 0 where there is no key."""
     tiles = tl.cdiv(nq, BM)
@@ -203,8 +163,10 @@ def delta_kernel(
     b, h = head // heads, head % heads
     i = tile * BM + tl.arange(0, BM)
     inside = i < nq
-    o = _features(out + b * out_b + h * out_h, i, out_n, inside, D, 0, WIDTH)
-    do = _features(grad + b * grad_b + h * grad_h, i, grad_n, inside, D, 0, WIDTH)
+    o = load_rows(_rows_of(out, b, h, i, out_b, out_h, out_n, ALIGN), inside, 0, WIDTH, D, True)
+    do = load_rows(
+        _rows_of(grad, b, h, i, grad_b, grad_h, grad_n, ALIGN), inside, 0, WIDTH, D, True
+    )
     total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = head * nq + i
     if HAS_LSE:
@@ -224,7 +186,7 @@ def dkdv_kernel(
     NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys and values of a key head: over the queries of each head of its group.
 
@@ -238,24 +200,33 @@ def dkdv_kernel(
     dtype: tl.constexpr = query.dtype.element_ty
     j = tile * BN + tl.arange(0, BN)
     has_key = j < nk
-    k = _load(key + b * key_b + kv_head * key_h, j, key_n, has_key, D, D0, D1, D2)
+    k = _load(_rows_of(key, b, kv_head, j, key_b, key_h, key_n, ALIGN), has_key, D, D0, D1, D2)
     if NEED_KEY:
-        v = _load(value + b * value_b + kv_head * value_h, j, value_n, has_key, DV, V0, V1, V2)
+        v = _load(
+            _rows_of(value, b, kv_head, j, value_b, value_h, value_n, ALIGN),
+            has_key,
+            DV,
+            V0,
+            V1,
+            V2,
+        )
         dk = _zeros(BN, D0, D1, D2)
     if NEED_VALUE:
         dv = _zeros(BN, V0, V1, V2)
     first, last = tl.cast(0, tl.int32), tl.cdiv(nq, BM)
-    for g in range(_bound(group)):
+    for g in span(0, group, 1):
         h = kv_head * group + g
         at = (b * kv_heads * group + h) * nq
         interval = rows + b * rows_b + h * rows_h
         if HAS_ROWS:
             ends = bounds + b * bounds_b + h * bounds_h + 2 * tile
             first, last = tl.load(ends), tl.load(ends + 1)
-        for t in range(_bound(first), _bound(last)):
+        for t in span(first, last, 1):
             i = t * BM + tl.arange(0, BM)
             has_query = i < nq
-            q = _load(query + b * query_b + h * query_h, i, query_n, has_query, D, D0, D1, D2)
+            q = _load(
+                _rows_of(query, b, h, i, query_b, query_h, query_n, ALIGN), has_query, D, D0, D1, D2
+            )
             s = _product(k, q, BN, BM, D1, D2, PRECISION)
             total, d, begin, end = _of_query(lse + at, delta + at, interval, i, nq, HAS_ROWS)
             p, slope = _probability(
@@ -263,7 +234,9 @@ def dkdv_kernel(
                 mask + b * mask_b + h * mask_h, mask_n, mask_k, scale, softcap,
                 HAS_ROWS, MASK, SOFTCAP,
             )  # fmt: skip
-            do = _load(grad + b * grad_b + h * grad_h, i, grad_n, has_query, DV, V0, V1, V2)
+            do = _load(
+                _rows_of(grad, b, h, i, grad_b, grad_h, grad_n, ALIGN), has_query, DV, V0, V1, V2
+            )
             if NEED_VALUE:
                 dv = _add_product(dv, p, do, dtype, V1, V2, PRECISION)
             if NEED_KEY:
@@ -272,11 +245,11 @@ def dkdv_kernel(
                     ds *= slope
                 dk = _add_product(dk, ds, q, dtype, D1, D2, PRECISION)
     if NEED_KEY:
-        base = grad_key + b * dk_b + kv_head * dk_h
-        _store(base, j, dk_n, has_key, dk, scale, D, D0, D1, D2)
+        at = _rows_of(grad_key, b, kv_head, j, dk_b, dk_h, dk_n, ALIGN)
+        _store(at, has_key, dk, scale, D, D0, D1, D2)
     if NEED_VALUE:
-        base = grad_value + b * dv_b + kv_head * dv_h
-        _store(base, j, dv_n, has_key, dv, 1.0, DV, V0, V1, V2)
+        at = _rows_of(grad_value, b, kv_head, j, dv_b, dv_h, dv_n, ALIGN)
+        _store(at, has_key, dv, 1.0, DV, V0, V1, V2)
 
 
 # limits: registers 255, spills 0
@@ -289,7 +262,7 @@ def dq_kernel(
     HAS_ROWS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BM queries of a head: grid (tiles, splits), each split over its part of the keys.
 
@@ -303,8 +276,8 @@ def dq_kernel(
     dtype: tl.constexpr = query.dtype.element_ty
     i = tile * BM + tl.arange(0, BM)
     has_query = i < nq
-    q = _load(query + b * query_b + h * query_h, i, query_n, has_query, D, D0, D1, D2)
-    do = _load(grad + b * grad_b + h * grad_h, i, grad_n, has_query, DV, V0, V1, V2)
+    q = _load(_rows_of(query, b, h, i, query_b, query_h, query_n, ALIGN), has_query, D, D0, D1, D2)
+    do = _load(_rows_of(grad, b, h, i, grad_b, grad_h, grad_n, ALIGN), has_query, DV, V0, V1, V2)
     at = head * nq
     interval = rows + b * rows_b + h * rows_h
     total, d, begin, end = _of_query(lse + at, delta + at, interval, i, nq, HAS_ROWS)
@@ -316,24 +289,26 @@ def dq_kernel(
     first += split * share
     last = tl.minimum(first + share, last)
     dq = _zeros(BM, D0, D1, D2)
-    for t in range(_bound(first), _bound(last)):
+    for t in span(first, last, 1):
         j = t * BN + tl.arange(0, BN)
         has_key = j < nk
-        k = _load(key + b * key_b + h // group * key_h, j, key_n, has_key, D, D0, D1, D2)
+        at = _rows_of(key, b, h // group, j, key_b, key_h, key_n, ALIGN)
+        k = _load(at, has_key, D, D0, D1, D2)
         s = _product(q, k, BM, BN, D1, D2, PRECISION)
         p, slope = _probability(
             s, total[:, None], begin[:, None], end[:, None], i[:, None], j[None, :], nq, nk,
             mask + b * mask_b + h * mask_h, mask_n, mask_k, scale, softcap,
             HAS_ROWS, MASK, SOFTCAP,
         )  # fmt: skip
-        base = value + b * value_b + h // group * value_h
-        v = _load(base, j, value_n, has_key, DV, V0, V1, V2)
+        at = _rows_of(value, b, h // group, j, value_b, value_h, value_n, ALIGN)
+        v = _load(at, has_key, DV, V0, V1, V2)
         ds = p * (_product(do, v, BM, BN, V1, V2, PRECISION) - d[:, None])
         if SOFTCAP:
             ds *= slope
         dq = _add_product(dq, ds, k, dtype, D1, D2, PRECISION)
-    base = grad_query + split * dq_s + b * dq_b + h * dq_h
-    _store(base, i, dq_n, has_query, dq, scale, D, D0, D1, D2)
+    grad_query += split * wide(dq_s, ALIGN)
+    at = _rows_of(grad_query, b, h, i, dq_b, dq_h, dq_n, ALIGN)
+    _store(at, has_query, dq, scale, D, D0, D1, D2)
 
 
 # limits: registers 255, spills 0
@@ -346,7 +321,7 @@ def dmask_kernel(
     BY_ROW: tl.constexpr, HAS_ROWS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of an additive mask: dS, summed over all that the mask is broadcast to.
 
@@ -374,7 +349,7 @@ def dmask_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
     else:
         acc = tl.zeros((BN,), tl.float32)
-    for x in range(_bound(first), _bound(last)):
+    for x in span(first, last, 1):
         b = mask_batch + x // over_tiles // over_heads
         h = mask_head + x // over_tiles % over_heads
         row_tile = tile + x % over_tiles
@@ -388,9 +363,11 @@ def dmask_kernel(
             has_query = i < nq
             at = (b * heads + h) * nq
             interval = rows + b * rows_b + h * rows_h
-            q = _load(query + b * query_b + h * query_h, i, query_n, has_query, D, D0, D1, D2)
-            base = key + b * key_b + h // group * key_h
-            k = _load(base, j, key_n, has_key, D, D0, D1, D2)
+            q = _load(
+                _rows_of(query, b, h, i, query_b, query_h, query_n, ALIGN), has_query, D, D0, D1, D2
+            )
+            of_key = _rows_of(key, b, h // group, j, key_b, key_h, key_n, ALIGN)
+            k = _load(of_key, has_key, D, D0, D1, D2)
             s = _product(q, k, BM, BN, D1, D2, PRECISION)
             total, d, begin, end = _of_query(lse + at, delta + at, interval, i, nq, HAS_ROWS)
             p, _slope = _probability(
@@ -398,22 +375,24 @@ def dmask_kernel(
                 mask + b * mask_b + h * mask_h, mask_n, mask_k, scale, softcap,
                 HAS_ROWS, MASK, SOFTCAP,
             )  # fmt: skip
-            do = _load(grad + b * grad_b + h * grad_h, i, grad_n, has_query, DV, V0, V1, V2)
-            base = value + b * value_b + h // group * value_h
-            v = _load(base, j, value_n, has_key, DV, V0, V1, V2)
+            do = _load(
+                _rows_of(grad, b, h, i, grad_b, grad_h, grad_n, ALIGN), has_query, DV, V0, V1, V2
+            )
+            of_value = _rows_of(value, b, h // group, j, value_b, value_h, value_n, ALIGN)
+            v = _load(of_value, has_key, DV, V0, V1, V2)
             ds = p * (_product(do, v, BM, BN, V1, V2, PRECISION) - d[:, None])
             if BY_ROW:
                 acc += ds
             else:
                 acc += tl.sum(ds, 0)
-    wide = tl.cast(nk, tl.int64)
+    columns = tl.cast(nk, tl.int64)
     plane = split * tl.cast(mask_batches, tl.int64) * mask_heads + head
     if BY_ROW:
         i = tile * BM + tl.arange(0, BM)
-        at = grad_mask + (plane * nq + i)[:, None] * wide + j[None, :]
+        at = grad_mask + (plane * nq + i)[:, None] * columns + j[None, :]
         tl.store(at, acc, mask=(i < nq)[:, None] & has_key[None, :])
     else:
-        tl.store(grad_mask + plane * wide + j, acc, mask=has_key)
+        tl.store(grad_mask + plane * columns + j, acc, mask=has_key)
 
 
 # limits: registers 255, spills 0
@@ -423,7 +402,8 @@ def prepare_bwd_kernel(
     x_b, x_h, x_n, weight_h, rope_b, dx_b, dx_h, dx_n, heads, n, first, half, eps,
     NORM: tl.constexpr, ROPE: tl.constexpr, PLACES: tl.constexpr,
     NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    BM: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of rows before normalisation and rotation, from that of the rows after them.
 
@@ -438,7 +418,7 @@ def prepare_bwd_kernel(
     f = tl.arange(0, WIDTH)
     used = f < D
     turned = (f < 2 * half) & used
-    if ROPE == _HALF:
+    if ROPE == _HALVES:
         low = f < half
         pair, partner = tl.where(low, f, f - half), tl.where(low, f + half, f - half)
     else:
@@ -448,8 +428,9 @@ def prepare_bwd_kernel(
         w = tl.load(weight + h * weight_h + f, mask=used, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((WIDTH,), tl.float32)
     bias_sum = tl.zeros((WIDTH,), tl.float32)
-    for t in range(TILES):
-        i = (chunk * TILES + t) * BM + tl.arange(0, BM)
+    tiles = tl.cdiv(n, BM)
+    for t in span(chunk * TILES, tl.minimum((chunk + 1) * TILES, tiles), 1):
+        i = t * BM + tl.arange(0, BM)
         inside = i < n
         full = inside[:, None] & used[None, :]
         at = grad + (head * n + i)[:, None] * D
@@ -466,7 +447,9 @@ def prepare_bwd_kernel(
             # (a, b) became (a cos - b sin, b cos + a sin)
             g = g * c + tl.where(low[None, :], other, -other) * s
         if NORM:
-            y = _features(x + b * x_b + h * x_h, i, x_n, inside, D, 0, WIDTH).to(tl.float32)
+            y = load_rows(_rows_of(x, b, h, i, x_b, x_h, x_n, ALIGN), inside, 0, WIDTH, D, True).to(
+                tl.float32
+            )
             if NORM == _LAYER:
                 y = tl.where(used[None, :], y - (tl.sum(y, 1) / D)[:, None], 0.0)
             r = 1.0 / tl.sqrt(tl.sum(y * y, 1) / D + eps)
@@ -480,8 +463,8 @@ def prepare_bwd_kernel(
                 g -= (tl.sum(g, 1) / D)[:, None]
             g = (g - y * (tl.sum(g * y, 1) / D)[:, None]) * r[:, None]
         if NEED_X:
-            base = grad_x + b * dx_b + h * dx_h
-            _store_features(base, i, dx_n, inside, g, 1.0, D, 0, WIDTH)
+            of_x = _rows_of(grad_x, b, h, i, dx_b, dx_h, dx_n, ALIGN)
+            store_rows(of_x, g, inside, 0, WIDTH, D)
     planes = tl.num_programs(0) // chunks
     at = (chunk * tl.cast(planes, tl.int64) + head) * D + f
     if NEED_WEIGHT:
