@@ -9,7 +9,6 @@ decide. What no one needs is not computed.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -105,27 +104,25 @@ class _Backward:
             self._like(x) if needs & bit else x.new_empty(0)
             for x, bit in ((call.query, QUERY), (call.key, KEY), (call.value, VALUE))
         )
-        device = torch.cuda.device(call.device) if call.device.type == "cuda" else None
-        with device or contextlib.nullcontext():
-            of_q = self._rows(call.query, query, call.q_norm, QUERY, Q_WEIGHT, Q_BIAS)
-            of_k = self._rows(call.key, key, call.k_norm, KEY, K_WEIGHT, K_BIAS)
-            of_v = call.heads(value) if needs & VALUE else None
-            if call.empty:
-                for x in (of_q, of_k, of_v):
-                    if x is not None:
-                        x.zero_()
-            else:
-                self.delta = self._delta()
-                if of_k is not None or of_v is not None:
-                    self._dkdv(of_k, of_v)
-                if of_q is not None:
-                    self._dq(of_q)
-            mask = self._dmask()
-            rope = call.rope
-            q_norm = self._before(call.query, of_q, query, call.q_norm, rope, Q_WEIGHT, Q_BIAS)
-            if rope is not None:  # a key's row is its own
-                rope = rope._replace(first=0, places=None)
-            k_norm = self._before(call.key, of_k, key, call.k_norm, rope, K_WEIGHT, K_BIAS)
+        of_q = self._rows(call.query, query, call.q_norm, QUERY, Q_WEIGHT, Q_BIAS)
+        of_k = self._rows(call.key, key, call.k_norm, KEY, K_WEIGHT, K_BIAS)
+        of_v = call.heads(value) if needs & VALUE else None
+        if call.empty:
+            for x in (of_q, of_k, of_v):
+                if x is not None:
+                    x.zero_()
+        else:
+            self.delta = self._delta()
+            if of_k is not None or of_v is not None:
+                self._dkdv(of_k, of_v)
+            if of_q is not None:
+                self._dq(of_q)
+        mask = self._dmask()
+        rope = call.rope
+        q_norm = self._before(call.query, of_q, query, call.q_norm, rope, Q_WEIGHT, Q_BIAS)
+        if rope is not None:  # a key's row is its own
+            rope = rope._replace(first=0, places=None)
+        k_norm = self._before(call.key, of_k, key, call.k_norm, rope, K_WEIGHT, K_BIAS)
         return query, key, value, mask, *q_norm, *k_norm
 
     def _like(self, x: Tensor) -> Tensor:
