@@ -16,7 +16,9 @@ constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kTileRows = 64;  // queries, or keys, of a tile of the kernels for long rows
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr __host__ __device__ int64_t round_up(int64_t x, int64_t to) {
+  return (x + to - 1) / to * to;
+}
 constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // ---------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ __device__ __forceinline__ Interval seen_keys(const Problem& p, int batch, int h
 
 // tanh(x), relative error 1e-6 away from 0, absolute 1e-7 near it.
 __device__ __forceinline__ float tanh_approx(float x) {
-  return 1.f - 2.f / (1.f + ptx::exp2_approx(2.f * kLog2e * x));
+  return 1.f - __fdividef(2.f, 1.f + ptx::exp2_approx(2.f * kLog2e * x));
 }
 
 // From the product of a query and a key to its logit, in units of log2, before the mask.
@@ -143,6 +145,14 @@ struct Logit {
   }
 };
 
+// From natural units to those of log2. A number stays one: the lowest drowns the logit that it is
+// added to, but does not hide the key, as -inf does.
+__device__ __forceinline__ float bias_log2(float bias) {
+  constexpr float kLowest = -3.402823466e38f;
+  const float x = kLog2e * bias;
+  return x == -kInfinity && bias != -kInfinity ? kLowest : x;
+}
+
 // What the mask adds to a logit, in units of log2; -inf where a query does not see a key.
 __device__ __forceinline__ float masked(const AttentionMask& mask, int batch, int head, int row,
                                         int key) {
@@ -151,11 +161,11 @@ __device__ __forceinline__ float masked(const AttentionMask& mask, int batch, in
   if (mask.kind == AttentionMask::boolean) {
     return static_cast<const bool*>(mask.data)[at] ? 0.f : -kInfinity;
   }
-  if (mask.dtype == DType::f32) return kLog2e * static_cast<const float*>(mask.data)[at];
+  if (mask.dtype == DType::f32) return bias_log2(static_cast<const float*>(mask.data)[at]);
   if (mask.dtype == DType::bf16) {
-    return kLog2e * static_cast<float>(static_cast<const __nv_bfloat16*>(mask.data)[at]);
+    return bias_log2(static_cast<float>(static_cast<const __nv_bfloat16*>(mask.data)[at]));
   }
-  return kLog2e * static_cast<float>(static_cast<const __half*>(mask.data)[at]);
+  return bias_log2(static_cast<float>(static_cast<const __half*>(mask.data)[at]));
 }
 
 // The row of a head in a tensor of rows of heads.
