@@ -155,6 +155,6 @@ if [[ $OP == attention ]] && [[ $BACKENDS == cuda* || -n $DRY ]]; then
 fi
 
 if [[ -n $DRY ]]; then exit 0; fi
-timeout 20 python3 -m benchmarks report "$OUT/rows.jsonl" | tee "$OUT/table.txt"
+timeout 20 python3 -m benchmarks report "$OUT/rows.jsonl" --check | tee "$OUT/table.txt"
 cat "$OUT/steps.jsonl"
 exit "$FAILED"
