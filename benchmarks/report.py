@@ -120,7 +120,7 @@ def _section(
 
 
 def headlines(rows: Iterable[Row]) -> list[str]:
-    """Per panel, workspace and a GPU's backend: the ratio to the best peer, and how many rows lose."""
+    """Per panel, workspace and backend of a GPU: the ratio to the best peer, how many rows lose."""
     groups: dict[tuple[str, int | None], list[float]] = {}
     for row in rows:
         if row["kind"] == "time" and row["counts"] and row["speedup"] is not None:
