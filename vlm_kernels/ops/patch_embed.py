@@ -140,7 +140,7 @@ def patch_embed(
         raise
 
 
-def _pair(name: str, value: Any) -> tuple[int, int]:
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value, value
     if isinstance(value, (tuple, list)) and len(value) == 2:
@@ -222,7 +222,7 @@ def _check_reference(args: tuple[Any, ...]) -> None:
             "cover"
         )
     k, native = temporal * channels * py * px, tuple(weight.shape[1:])
-    allowed = [(k,)]
+    allowed: list[tuple[int, ...]] = [(k,)]
     if not yxc:
         allowed += [(channels, temporal, py, px)] + [(channels, py, px)] * (temporal == 1)
     if native not in allowed:
