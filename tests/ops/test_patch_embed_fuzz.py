@@ -25,7 +25,7 @@ from vlm_kernels.testing.specs.patch_embed import Case, Variant
 needs_cpu = pytest.mark.skipif(
     importlib.util.find_spec("vlm_kernels._C") is None, reason="vlm_kernels._C is not built"
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "80"))
 bounded = settings(
     max_examples=EXAMPLES,
     derandomize=True,
@@ -86,7 +86,9 @@ def cases(draw: st.DrawFn) -> Case:
     )
     # the sliver of an image that another stride would have cut off is a patch of its own
     case = spec.even(case)
-    assume(case.h >= patch[0] and case.w >= patch[1] and case.patches <= 600)
+    columns = case.variant.temporal * channels * patch[0] * patch[1]
+    assume(case.h >= patch[0] and case.w >= patch[1])
+    assume(case.b * case.patches * columns <= 100_000)  # what the reference multiplies
     return case
 
 
