@@ -25,7 +25,7 @@ from vlm_kernels.testing.specs.patch_embed import Case, Variant
 needs_cpu = pytest.mark.skipif(
     importlib.util.find_spec("vlm_kernels._C") is None, reason="vlm_kernels._C is not built"
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
 bounded = settings(
     max_examples=EXAMPLES,
     derandomize=True,
