@@ -57,6 +57,7 @@ __device__ __forceinline__ void copy_kept(T* to, const T* from, int64_t stride, 
                                           int features, int thread, int threads, Keep keep) {
   const int ld = shared_ld(features), c = thread % kRowChunks * 8;
   if (c >= ld - 8) return;
+#pragma unroll 1
   for (int r = thread / kRowChunks; r < rows; r += threads / kRowChunks) {
     const bool inside = c < features && keep(r);
     ptx::cp_async_16(to + r * ld + c, inside ? from + r * stride + c : from, inside ? 16 : 0);
@@ -102,14 +103,22 @@ struct OwnRows {
 };
 
 // The sum of a row's products, on each lane of its quad.
-template <class T>
+template <class T, class B>
 __device__ __forceinline__ float quad_dot(const T* a, const T* b, int features) {
+  constexpr int kLoads = (B::kSteps + 1) / 2;
+  uint4 packed_a[kLoads], packed_b[kLoads];
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    const int c = (4 * k + threadIdx.x % 4) * 8;
+    const bool inside = c < features;
+    packed_a[k] = inside ? *reinterpret_cast<const uint4*>(a + c) : uint4{};
+    packed_b[k] = inside ? *reinterpret_cast<const uint4*>(b + c) : uint4{};
+  }
   float sum = 0.f;
-  for (int c = threadIdx.x % 4 * 8; c < features; c += 32) {
-    const uint4 packed_a = *reinterpret_cast<const uint4*>(a + c);
-    const uint4 packed_b = *reinterpret_cast<const uint4*>(b + c);
-    const T* const x = reinterpret_cast<const T*>(&packed_a);
-    const T* const y = reinterpret_cast<const T*>(&packed_b);
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    const T* const x = reinterpret_cast<const T*>(&packed_a[k]);
+    const T* const y = reinterpret_cast<const T*>(&packed_b[k]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(y[i]);
   }
@@ -122,13 +131,13 @@ struct QueryStats {
 
 // What P and dS need of a query: lse in units of log2, and delta. A row that is none, or that sees
 // nothing, has the lse +inf, for which P is 0. By the row's quad.
-template <class T>
+template <class T, class B>
 __device__ __forceinline__ QueryStats query_stats(const Problem& p, const BackwardArgs& args,
                                                   int batch, int head, int row) {
   const bool inside = row < p.queries;
   const int64_t at = (static_cast<int64_t>(batch) * p.heads + head) * p.queries + row;
-  float delta = quad_dot(head_rows<T>(args.grad, batch, head, inside ? row : 0),
-                         head_rows<T>(args.out, batch, head, inside ? row : 0), p.value_dim);
+  float delta = quad_dot<T, B>(head_rows<T>(args.grad, batch, head, inside ? row : 0),
+                               head_rows<T>(args.out, batch, head, inside ? row : 0), p.value_dim);
   if (inside && args.grad_lse) delta -= args.grad_lse[at];
   const float lse = inside ? args.lse[at] : -kInfinity;
   if (lse == -kInfinity) return {kInfinity, 0.f};
@@ -149,6 +158,7 @@ __device__ __forceinline__ Interval query_interval(const Problem& p, int batch, 
 __device__ __forceinline__ Interval seen_by_any(const Problem& p, int batch, int head, int first,
                                                 int count) {
   int begin = p.keys, end = 0;
+#pragma unroll 1
   for (int i = threadIdx.x % 32; i < count; i += 32) {
     const Interval seen = query_interval(p, batch, head, first + i);
     if (seen.empty()) continue;
@@ -175,8 +185,10 @@ __device__ __forceinline__ void store_rows(const float (&acc)[2 * B::kSteps][4],
         ptx::pack<T>(acc[n][2] * factor, acc[n][3] * factor);
   }
   __syncwarp();
-  const int c = lane % kRowChunks * 8;
-  for (int r = lane / kRowChunks; r < rows && c < features; r += 32 / kRowChunks) {
+#pragma unroll
+  for (int i = 0; i < kTile * kRowChunks / 32; ++i) {
+    const int r = (32 * i + lane) / kRowChunks, c = lane % kRowChunks * 8;
+    if (r >= rows || c >= features) continue;
     *reinterpret_cast<uint4*>(to + r * stride + c) =
         *reinterpret_cast<const uint4*>(buffer + r * ld + c);
   }
@@ -219,9 +231,10 @@ struct Part {
     if constexpr (kKeys) {
       const bool all = !is_limited && p.mask.kind == AttentionMask::none;
       if (all) copy_others(batch, head, [&](int r) { return r < others; });
+#pragma unroll 1
       for (int first = 8 * warp; first < tiles * kTile; first += 8 * B::kWarps) {
         const int row = first + lane / 4;
-        const QueryStats of_row = query_stats<T>(p, args, batch, head, row);
+        const QueryStats of_row = query_stats<T, B>(p, args, batch, head, row);
         if (lane % 4 != 0) continue;
         lses[row] = of_row.lse;
         deltas[row] = of_row.delta;
@@ -274,7 +287,7 @@ struct Part {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = first + lane / 4 + 8 * h;
-        const QueryStats of_row = query_stats<T>(p, args, batch, head, row);
+        const QueryStats of_row = query_stats<T, B>(p, args, batch, head, row);
         own.lse[h] = of_row.lse;
         own.delta[h] = of_row.delta;
         own.seen[h] = query_interval(p, batch, head, row);
@@ -391,9 +404,13 @@ struct Part {
       }
     };
     const Logit logit(p);
-    each([&](int j, int i, int, int) { s[j][i] = logit(s[j][i]); });
     if (logit.capped()) {
-      each([&](int j, int i, int, int) { dp[j][i] *= logit.slope(s[j][i]); });
+      each([&](int j, int i, int, int) {
+        s[j][i] = logit(s[j][i]);
+        dp[j][i] *= logit.slope(s[j][i]);
+      });
+    } else {  // not by logit(), which would ask for each
+      each([&](int j, int i, int, int) { s[j][i] *= logit.scale; });
     }
     // Hidden entries by select: a NaN would survive an addition.
     if (p.mask.kind != AttentionMask::none) {
@@ -442,7 +459,7 @@ struct Part {
 };
 
 // Instances: 4 buckets, two dtypes.
-// limits: registers 255, shared 0, spills 0
+// limits: registers 232, shared 0, spills 0
 template <class T, class B>
 __global__ void __launch_bounds__(B::kThreads, B::kCtas)
     short_bwd_kernel(Problem p, BackwardArgs args, bool keys, int kinds) {
