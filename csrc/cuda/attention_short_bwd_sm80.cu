@@ -15,8 +15,10 @@ namespace vlm::cuda {
 namespace {
 
 constexpr int kTile = 16;       // own rows of a warp, others of a step
-constexpr int kMaxRows = 320;   // beyond, five products win over the missing exchange
 constexpr int kRowChunks = 16;  // of 16 bytes, in a row of the largest head dim
+// Beyond, a multiprocessor has room for a single CTA at most head dims. An estimate: where the
+// kernels for long rows become faster has not been measured.
+constexpr int kMaxRows = 320;
 
 // Head dims up to `features`. exact: both are that when rounded to 16, else what lies beyond them
 // is left out at run time.
@@ -29,7 +31,6 @@ struct Bucket {
   static constexpr bool kInRegisters = features <= 96;
 
   static __device__ __forceinline__ bool has(int k, int dim) { return exact || k < dim; }
-  // shared_ld
   static constexpr __host__ __device__ int ld(int dim) {
     return exact ? features + 8 : shared_ld(dim);
   }
@@ -472,6 +473,8 @@ __global__ void __launch_bounds__(B::kThreads, B::kCtas)
   }
 }
 
+// At 64 and 80 features and up to 272 rows two CTAs share the 228 KiB of sm_90; wider rows leave
+// room for one, which then has more warps.
 template <class Fn>
 auto with_bucket(const Problem& p, const Fn& fn) {
   const auto d = round_up(p.head_dim, 16), dv = round_up(p.value_dim, 16);
