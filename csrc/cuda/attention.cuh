@@ -140,7 +140,7 @@ struct Logit {
   // dLogit / dProduct over the scale p.scale (natural units), given the logit without mask.
   __device__ __forceinline__ float slope(float logit) const {
     if (!capped()) return 1.f;
-    const float t = logit / cap;
+    const float t = __fdividef(logit, cap);
     return 1.f - t * t;
   }
 };
