@@ -53,6 +53,7 @@ __device__ __forceinline__ void copy_sliced(T* to, const T* from, int64_t stride
                                             int all_rows, int features, int thread, int threads) {
   const int chunks = 2 * slices(features), more_rows = threads / chunks, more = threads % chunks;
   int r = thread / chunks, c = thread % chunks;
+#pragma unroll 1
   while (r < all_rows) {
     const bool inside = r < rows && c * 8 < features;
     ptx::cp_async_16(to + c / 2 * slice_size(all_rows) + in_slice(r, c % 2),
@@ -92,6 +93,19 @@ __device__ __forceinline__ void for_tiles(int first, int last, const Body& body)
         if (first <= i && i < last) body(i);
       }
     }
+  }
+}
+
+// body(i) of the i in [kBegin, kEnd) that is j. Registers have no index, but a branch does.
+template <int kBegin, int kEnd, class Body>
+__device__ __forceinline__ void at_tile(int j, const Body& body) {
+  constexpr int kMiddle = (kBegin + kEnd) / 2;
+  if constexpr (kBegin == kMiddle) {
+    body(kBegin);
+  } else if (j < kMiddle) {
+    at_tile<kBegin, kMiddle>(j, body);
+  } else {
+    at_tile<kMiddle, kEnd>(j, body);
   }
 }
 
@@ -181,25 +195,49 @@ __device__ __forceinline__ const void* mask_row(const AttentionMask& mask, int b
   return static_cast<const char*>(mask.data) + at * size;
 }
 
-// Adds the masks of the two rows, which begin at the lane's first key, and hides what they do not
-// see.
+// Adds the masks of the two rows, which begin at the lane's first key and end after `keys`.
 template <class M>
-__device__ __forceinline__ void add_mask(TileLogits& s, const void* const (&rows)[2],
-                                         const SeenKeys& seen, int j) {
+__device__ __forceinline__ void add_mask(TileLogits& s, const void* const (&rows)[2], int keys,
+                                         int j) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      float x = -kInfinity;
-      if (seen.has(j, half, e)) {
-        const M m = static_cast<const M*>(rows[e / 2])[j * kRows + half * 8 + e % 2];
-        if constexpr (std::is_same_v<M, bool>) {
-          x = m ? s[half][e] : -kInfinity;
-        } else {
-          x = s[half][e] + bias_log2(static_cast<float>(m));
-        }
+      const int key = j * kRows + half * 8 + e % 2;
+      M m{};
+      if (key < keys) m = static_cast<const M*>(rows[e / 2])[key];
+      if constexpr (std::is_same_v<M, bool>) {
+        s[half][e] = m ? s[half][e] : -kInfinity;
+      } else {
+        s[half][e] += static_cast<float>(m);
       }
-      s[half][e] = x;
+    }
+  }
+}
+
+// Scale, softcap and mask of a tile of products; not the scale where they stay `plain`.
+template <class T>
+__device__ __forceinline__ void finish_logits(TileLogits& s, const Problem& p, bool plain,
+                                              const void* const (&mask_rows)[2], int j) {
+  if (!plain) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) s[e / 4][e % 4] *= p.scale;
+  }
+  if (p.softcap > 0.f) {
+    const float inverse = __fdividef(1.f, p.softcap);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      s[e / 4][e % 4] = p.softcap * tanh_approx(s[e / 4][e % 4] * inverse);
+    }
+  }
+  const int keys = p.keys - lane_column();
+  if (p.mask.kind == AttentionMask::boolean) {
+    add_mask<bool>(s, mask_rows, keys, j);
+  } else if (p.mask.kind == AttentionMask::additive) {
+    if (p.mask.dtype == DType::f32) {
+      add_mask<float>(s, mask_rows, keys, j);
+    } else {
+      add_mask<T>(s, mask_rows, keys, j);
     }
   }
 }
@@ -307,10 +345,10 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
   ptx::cp_async_wait<1>();
   __syncthreads();  // keys and the first queries have landed
 
-  const Logit logit(p);
-  // Then the scale waits for the exponential.
-  const bool plain = !logit.capped() && p.mask.kind == AttentionMask::none && logit.scale > 0.f;
-  const float factor = plain ? logit.scale : 1.f;
+  // Logits are products still, which the exponential scales, or where that would not do in natural
+  // units.
+  const bool plain = p.softcap == 0.f && p.mask.kind != AttentionMask::additive && p.scale > 0.f;
+  const float unit = plain ? p.scale : 1.f;
   bool values_landed = false;
 #pragma unroll 1
   while (true) {
@@ -338,35 +376,37 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
       }
     }
     float maximum[2] = {-kInfinity, -kInfinity};
+    const bool as_is = plain && p.mask.kind == AttentionMask::none;
+#pragma unroll 1
+    for (int j = first; j < last; ++j) {
+      const bool whole = all.begin <= j * kRows && (j + 1) * kRows <= all.end;
+      if (as_is && whole) continue;
+      TileLogits x;
+      at_tile<0, kTiles>(j, [&](int i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e / 4][e % 4] = s[i][e / 4][e % 4];
+      });
+      finish_logits<T>(x, p, plain, mask_rows, j);
+      if (!whole) hide(x, seen, j);
+      at_tile<0, kTiles>(j, [&](int i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) s[i][e / 4][e % 4] = x[e / 4][e % 4];
+      });
+    }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       if (j < first || j >= last) continue;
-      if (!plain) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) s[j][e / 4][e % 4] = logit(s[j][e / 4][e % 4]);
-      }
-      if (p.mask.kind != AttentionMask::none) {
-        if (p.mask.kind == AttentionMask::boolean) {
-          add_mask<bool>(s[j], mask_rows, seen, j);
-        } else if (p.mask.dtype == DType::f32) {
-          add_mask<float>(s[j], mask_rows, seen, j);
-        } else {
-          add_mask<T>(s[j], mask_rows, seen, j);
-        }
-      } else if (j * kRows < all.begin || (j + 1) * kRows > all.end) {
-        hide(s[j], seen, j);
-      }
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         maximum[e % 4 / 2] = fmaxf(maximum[e % 4 / 2], s[j][e / 4][e % 4]);
       }
     }
 
-    float shift[2], sum[2] = {0.f, 0.f};
+    float sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float most = quad_max(maximum[i]);
-      shift[i] = most == -kInfinity ? 0.f : most * factor;
+      maximum[i] = quad_max(maximum[i]);
+      if (maximum[i] == -kInfinity) maximum[i] = 0.f;
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -374,7 +414,7 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         float& x = s[j][e / 4][e % 4];
-        x = ptx::exp2_approx(fmaf(x, factor, -shift[e % 4 / 2]));
+        x = ptx::exp2_approx((x - maximum[e % 4 / 2]) * (unit * kLog2e));
         sum[e % 4 / 2] += x;
       }
       // In place of S: other registers would be kept for it all the time.
@@ -392,7 +432,7 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
       if (lane % 4 == 0 && row < note.count) {
         const int64_t at = static_cast<int64_t>(batch) * p.heads + head;
         out.lse[at * p.queries + note.first + row] =
-            sum[i] == 0.f ? -kInfinity : shift[i] * kLn2 + logf(sum[i]);
+            sum[i] == 0.f ? -kInfinity : maximum[i] * unit + logf(sum[i]);
       }
     }
     if (!values_landed) {
