@@ -145,6 +145,14 @@ struct Logit {
   }
 };
 
+// From natural units to those of log2. A number stays one: the lowest drowns the logit that it is
+// added to, but does not hide the key, as -inf does.
+__device__ __forceinline__ float bias_log2(float bias) {
+  constexpr float kLowest = -3.402823466e38f;
+  const float x = kLog2e * bias;
+  return x == -kInfinity && bias != -kInfinity ? kLowest : x;
+}
+
 // What the mask adds to a logit, in units of log2; -inf where a query does not see a key.
 __device__ __forceinline__ float masked(const AttentionMask& mask, int batch, int head, int row,
                                         int key) {
@@ -153,11 +161,11 @@ __device__ __forceinline__ float masked(const AttentionMask& mask, int batch, in
   if (mask.kind == AttentionMask::boolean) {
     return static_cast<const bool*>(mask.data)[at] ? 0.f : -kInfinity;
   }
-  if (mask.dtype == DType::f32) return kLog2e * static_cast<const float*>(mask.data)[at];
+  if (mask.dtype == DType::f32) return bias_log2(static_cast<const float*>(mask.data)[at]);
   if (mask.dtype == DType::bf16) {
-    return kLog2e * static_cast<float>(static_cast<const __nv_bfloat16*>(mask.data)[at]);
+    return bias_log2(static_cast<float>(static_cast<const __nv_bfloat16*>(mask.data)[at]));
   }
-  return kLog2e * static_cast<float>(static_cast<const __half*>(mask.data)[at]);
+  return bias_log2(static_cast<float>(static_cast<const __half*>(mask.data)[at]));
 }
 
 // The row of a head in a tensor of rows of heads.

@@ -524,7 +524,21 @@ def _why_not_cpu(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) 
     return None
 
 
+def _why_not_cuda(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> str | None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.device.type != "cuda":
+            return f"{name} is on {x.device}"
+        if x.dtype not in _DTYPES[1:]:
+            return f"{name} is {x.dtype}; the kernels take bfloat16 and float16"
+        if x.dim() and (x.shape[-1] % 8 != 0 or x.shape[-1] > 128):
+            return (
+                f"{name} has a head dim of {x.shape[-1]}; the kernels take multiples of 8 up to 128"
+            )
+    return None
+
+
 for _op in ("attention", "attention_varlen"):
+    _backends.register(_op, "cuda", _why_not_cuda)
     _backends.register(_op, "cpu", _why_not_cpu)
     _backends.register(_op, "reference", lambda *_, **__: None)
 
