@@ -12,9 +12,9 @@ namespace {
 
 struct MaskTraits {
   static constexpr int kRows = kTileRows, kKeys = kTileRows;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;     // 16 rows a warp
-  static constexpr int kBlocks = kKeys / 8;                    // of a warp's accumulators
-  static constexpr int kGrid = 512;                            // CTAs below which sums are split
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;  // 16 rows a warp
+  static constexpr int kBlocks = kKeys / 8;                 // of a warp's accumulators
+  static constexpr int kGrid = 512, kTerms = 4;  // splits fill a grid, with so many terms at least
   static constexpr int kDeltaThreads = 256, kDeltaLanes = 16;  // of a row: 16 bytes each
   static constexpr int kSumThreads = 256, kSumGroups = kSumThreads / kKeys;
 };
@@ -41,7 +41,8 @@ struct MaskTiles {
     deal(head_stride != 0, p.heads, heads, over_heads);
     deal(row_stride != 0, p.query_tile_count, row_tiles, over_rows);
     key_tiles = p.key_tile_count;
-    splits = static_cast<int>(std::min(terms(), ceil_div(M::kGrid, count())));
+    const int64_t wanted = std::min(terms() / M::kTerms, ceil_div(M::kGrid, count()));
+    splits = static_cast<int>(std::max<int64_t>(wanted, 1));
   }
 
   int64_t count() const { return int64_t{batches} * heads * row_tiles * key_tiles; }
@@ -143,12 +144,12 @@ __device__ __forceinline__ void probabilities(const Problem& p, const Tile& t, c
     const int row = t.row + own_row(i);
     const int64_t at = (static_cast<int64_t>(t.batch) * p.heads + t.head) * p.queries + row;
     Interval seen = {0, 0};
-    float total = 0.f;
+    float total = -kInfinity;
     delta[i] = 0.f;
-    if (row < p.queries) {
-      total = lse[at] * kLog2e;
+    if (row < p.queries && lse[at] != -kInfinity) {
+      seen = seen_keys(p, t.batch, t.head, row, 0, p.keys, 0);
+      total = bias_log2(lse[at]);
       delta[i] = deltas[at];
-      if (total != -kInfinity) seen = seen_keys(p, t.batch, t.head, row, 0, p.keys, 0);
     }
 #pragma unroll
     for (int n = 0; n < M::kBlocks; ++n) {
@@ -156,9 +157,11 @@ __device__ __forceinline__ void probabilities(const Problem& p, const Tile& t, c
       for (int e = 0; e < 2; ++e) {
         const int key = t.key + own_key(n) + e;
         float& x = s[n][2 * i + e];
-        x = seen.has(key)
-                ? ptx::exp2_approx(logit(x) + masked(p.mask, t.batch, t.head, row, key) - total)
-                : 0.f;
+        const float bias = seen.has(key) ? masked(p.mask, t.batch, t.head, row, key) : -kInfinity;
+        const float sum = logit(x) + bias;
+        // Hidden by select, since a NaN would stay one. No P is above 1: an lse as large as the
+        // lowest float may be off by more than what is left of the logit.
+        x = bias == -kInfinity ? 0.f : ptx::exp2_approx((sum > total ? total : sum) - total);
       }
     }
   }
