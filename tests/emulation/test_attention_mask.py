@@ -124,6 +124,18 @@ def test_many_terms(shape: str, check: Check) -> None:
     assert torch.equal(check(case), check(case))
 
 
+@pytest.mark.parametrize("window", [(1, 0), (0, 1), (64, 0), (0, 65)], ids=str)
+def test_window_and_range_are_the_same(window: tuple[int, int], mask_grad: MaskGrad) -> None:
+    """Tiles that a window leaves out are not computed, those that ranges do are."""
+    inputs = spec.make_inputs(1, 1, 130, 130, 8, torch.bfloat16)
+    inputs = inputs._replace(attn_mask=torch.zeros(1, 1, 130, 130))
+    i = torch.arange(130)
+    ranges = torch.stack((i - window[0], i + window[1] + 1), -1)[None, None].to(torch.int32)
+    grads = [mask_grad(inputs, keywords) for keywords in ({"window": window}, {"kv_range": ranges})]
+    assert grads[0].any()
+    assert torch.equal(*grads)
+
+
 def test_mask_that_is_a_view(mask_grad: MaskGrad) -> None:
     """A mask expanded over the batch has the gradient of a whole one."""
     inputs = spec.make_inputs(2, 2, 20, 30, 16, torch.bfloat16)
