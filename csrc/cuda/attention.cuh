@@ -303,7 +303,7 @@ const char* long_bwd(const Problem& p, DType dtype, const BackwardArgs& args, vo
                      cudaStream_t stream);
 
 // attention_mask_bwd_sm80.cu: the gradient of an additive mask. Not of packed calls.
-int64_t mask_bwd_scratch_bytes(const Problem& p);
+int64_t mask_bwd_scratch_bytes(const Problem& p, const AttentionGrads& grads);
 const char* mask_bwd(const Problem& p, DType dtype, const BackwardArgs& args,
                      const AttentionGrads& grads, void* scratch, cudaStream_t stream);
 
