@@ -59,7 +59,9 @@ struct RowTransform {
   Rope rope;
   int table_rows = 0;
   int shift = 0;  // not of packed queries, whose tiles have their own
-  bool any() const { return norm.kind != HeadNorm::none || rope.cos != nullptr; }
+  __host__ __device__ bool any() const {
+    return norm.kind != HeadNorm::none || rope.cos != nullptr;
+  }
 };
 
 struct ForwardOut {
