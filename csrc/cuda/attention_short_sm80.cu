@@ -35,6 +35,24 @@ __device__ __forceinline__ int in_slice(int row, int chunk) {
   return row * 16 + (chunk ^ (row / 4 % 2)) * 8;
 }
 
+// One of them, by its features.
+template <class T>
+struct SlicedRow {
+  T* rows;
+  int slice, row;
+  __device__ __forceinline__ T& operator[](int feature) const {
+    return rows[feature / 16 * slice + in_slice(row, feature / 8 % 2) + feature % 8];
+  }
+};
+
+// Normalises and rotates rows [first, end) where they lie, by a warp.
+template <class T>
+__device__ __forceinline__ void transform_sliced(T* rows, int slice, const RowLane& lane, int batch,
+                                                 int shift, int first, int end) {
+  const auto at = [&](int r) { return SlicedRow<T>{rows, slice, r}; };
+  transform_rows<4>(lane, batch, shift, first, end, lane.dim, at, at);
+}
+
 // This lane's row of an ldmatrix, of a tile of 16 rows: as A, or as B where the rows are summed
 // over; and as B where the rows are columns of the product.
 __device__ __forceinline__ int lane_of_rows() {
@@ -315,11 +333,12 @@ __device__ __forceinline__ Interval write_note(BlockNote& note, const Problem& p
 // limits: registers 255, spills 0
 template <class T, int kTiles>
 __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
-    attention_short_kernel(Problem p, ForwardOut out, int parts) {
+    attention_short_kernel(Problem p, RowTransform query_rows, RowTransform key_rows,
+                           ForwardOut out, int parts) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int part = blockIdx.x % parts, pair = blockIdx.x / parts, kv_heads = p.heads / p.group;
   const int batch = pair / kv_heads, key_head = pair % kv_heads;
-  const int key_rows = (p.keys + kRows - 1) / kRows * kRows, slice = slice_size(key_rows);
+  const int padded_keys = (p.keys + kRows - 1) / kRows * kRows, slice = slice_size(padded_keys);
   const int steps = slices(p.head_dim);
   T* const keys = dynamic_shared<T>();
   T* const values = keys + steps * slice;
@@ -335,15 +354,21 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
   };
   QueryBlock next{0, 0};  // a warp may have none, and goes around once for the barriers
   next.advance(warp * parts + part, p.queries);
-  copy_sliced(keys, head_rows<T>(p.key, batch, key_head, 0), p.key.row_stride, p.keys, key_rows,
+  copy_sliced(keys, head_rows<T>(p.key, batch, key_head, 0), p.key.row_stride, p.keys, padded_keys,
               p.head_dim, threadIdx.x, blockDim.x);
   load_queries(next);
   ptx::cp_async_commit();
   copy_sliced(values, head_rows<T>(p.value, batch, key_head, 0), p.value.row_stride, p.keys,
-              key_rows, p.value_dim, threadIdx.x, blockDim.x);
+              padded_keys, p.value_dim, threadIdx.x, blockDim.x);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncthreads();  // keys and the first queries have landed
+  if (key_rows.any()) {
+    const int each = (p.keys + warps - 1) / warps;
+    transform_sliced(keys, slice, RowLane(key_rows, p.head_dim, key_head), batch, key_rows.shift,
+                     warp * each, min((warp + 1) * each, p.keys));
+    __syncthreads();
+  }
 
   // Logits are products still, which the exponential scales, or where that would not do in natural
   // units.
@@ -354,6 +379,11 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
   while (true) {
     const Interval tiles = write_note(note, p, batch, key_head, next);
     const int first = tiles.begin, last = tiles.end;
+    if (query_rows.any()) {
+      transform_sliced(query, slice_size(kRows), RowLane(query_rows, p.head_dim, note.head), batch,
+                       query_rows.shift + note.first, 0, note.count);
+      __syncwarp();
+    }
     TileLogits s[kTiles];
     multiply_keys(s, query + lane_of_rows(), keys + lane_of_columns(), slice, steps, first, last);
     __syncwarp();  // the queries have been read
@@ -508,7 +538,8 @@ int64_t shared_bytes(const Problem& p, int warps) {
 }
 
 template <class T, int kTiles>
-const char* launch_short(const Problem& p, const ForwardOut& out, cudaStream_t stream) {
+const char* launch_short(const Problem& p, const RowTransform& query, const RowTransform& key,
+                         const ForwardOut& out, cudaStream_t stream) {
   constexpr int kReserved = 1024;  // of shared memory, by CUDA for each CTA
   const Device device;
   int warps = 4;
@@ -528,7 +559,7 @@ const char* launch_short(const Problem& p, const ForwardOut& out, cudaStream_t s
   return launch(attention_short_kernel<T, kTiles>,
                 {dim3(static_cast<unsigned>(heads * parts)), dim3(32 * warps),
                  static_cast<size_t>(bytes), stream},
-                p, out, static_cast<int>(parts));
+                p, query, key, out, static_cast<int>(parts));
 }
 
 }  // namespace
@@ -541,8 +572,8 @@ bool short_takes(const Problem& p) {
 const char* short_fwd(const Problem& p, DType dtype, const RowTransform& query,
                       const RowTransform& key, const ForwardOut& out, cudaStream_t stream) {
   return with_tiles(p.keys, [&]<int kTiles>() {
-    return dtype == DType::bf16 ? launch_short<__nv_bfloat16, kTiles>(p, out, stream)
-                                : launch_short<__half, kTiles>(p, out, stream);
+    return dtype == DType::bf16 ? launch_short<__nv_bfloat16, kTiles>(p, query, key, out, stream)
+                                : launch_short<__half, kTiles>(p, query, key, out, stream);
   });
 }
 
