@@ -25,6 +25,8 @@ def test_cuda_source(source: Path) -> None:
     rows = cuda_sources.compile_source(source)
     wrong = [e for r in rows for e in report.excesses(r, cuda_sources.limits_of(r.kernel, limits))]
     assert not wrong
+    unlimited = {r.kernel for r in rows if r.mma and not cuda_sources.limits_of(r.kernel, limits)}
+    assert not unlimited, "a kernel of tensor-core products says what it may use"
     for name in limits:
         assert any(cuda_sources.limits_of(r.kernel, {name: {"registers": 1}}) for r in rows), name
 
