@@ -30,7 +30,7 @@ from vlm_kernels._triton._attention_call import Call, pieces
 from vlm_kernels._triton._compat import INTERPRET
 from vlm_kernels.reference.attention import _visible
 from vlm_kernels.testing.specs import attention as spec
-from vlm_kernels.testing.specs.attention import AnyCase, Case, VarlenCase, Variant
+from vlm_kernels.testing.specs.attention import AnyCase, Case, Variant, VarlenCase
 
 attention = partial(vlm_kernels.attention, backend="triton", return_lse=True)
 attention_varlen = partial(vlm_kernels.attention_varlen, backend="triton", return_lse=True)
@@ -264,7 +264,7 @@ def test_intervals_are_those_of_the_definition() -> None:
         assert rows.dtype == torch.int32
         assert rows.is_contiguous()
         begin, end = rows.unbind(-1)
-        assert ((0 <= begin) & (begin <= end) & (end <= nk)).all()
+        assert ((begin >= 0) & (begin <= end) & (end <= nk)).all()
         assert not rows[begin == end].any()
         j = torch.arange(nk)
         seen = (begin[..., None] <= j) & (j < end[..., None])
@@ -296,17 +296,17 @@ def test_any_offsets_stay_within_the_rows(offsets: tuple[int, ...]) -> None:
         rows = intervals.intervals(11, 6, cu.device, True, *window, None, cu, cu.flip(0))
         assert rows is not None
         begin, end = rows.unbind(-1)
-        assert ((0 <= begin) & (begin <= end) & (end <= 6)).all()
+        assert ((begin >= 0) & (begin <= end) & (end <= 6)).all()
     places = intervals.places(11, 6, cu, cu.flip(0))
-    assert ((0 <= places) & (places < 6)).all()
+    assert ((places >= 0) & (places < 6)).all()
 
 
 class Waits(TorchDispatchMode):
     """Raises where the host would wait for a value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+        waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+        assert func.overloadpacket.__name__ not in waiting
         return func(*args, **(kwargs or {}))
 
 

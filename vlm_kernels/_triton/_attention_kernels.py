@@ -186,7 +186,7 @@ def combine_kernel(
     parts, part_lses, out, lse, nq, heads, blocks, splits, part_split, lse_split,
     out_batch, out_head, out_row, DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Puts the shares of BR rows of a head together, in their order: grid (batch x heads x blocks,).
+    """Puts the shares of BR rows of a head together in order: grid (batch x heads x blocks,).
 
     parts (splits, B, H, Nq, Dv) and part_lses (splits, B, H, Nq) are fp32.
     """

@@ -20,8 +20,8 @@ import triton
 from torch import Tensor
 
 from ..ops.attention import register_fakes
-from . import _attention_tiles, _tiles
 from . import _attention_kernels as kernels
+from . import _attention_tiles, _tiles
 from ._attention_call import Call, Norm
 from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
 from ._compat import INTERPRET
@@ -30,8 +30,7 @@ NAMESPACE = "vlm_kernels_triton"
 _GRADS = 8  # query, key, value, attn_mask, then weight and bias of q_norm and of k_norm
 _ALIGNED = 8  # features: rows at multiples of it are loaded 16 bytes at a time
 _KEY_TILES = 4  # of a program, at least, where programs share the keys
-_PREPARED = 2048  # features of a block of rows that `prepare_kernel` has in registers
-_COMBINED = 1024
+PREPARED, COMBINED = 2048, 1024  # features of a block of rows of the small kernels
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? kv_range, "
@@ -86,11 +85,13 @@ def prepare(call: Call) -> None:
         call.k = _prepared(call, call.key, call.k_norm, 0, None)
 
 
-def _prepared(call: Call, x: Tensor, norm: Norm | None, first: int, places: Tensor | None) -> Tensor:
+def _prepared(
+    call: Call, x: Tensor, norm: Norm | None, first: int, places: Tensor | None
+) -> Tensor:
     b, heads, rows, d = x.shape
     out = x.new_empty(x.shape)
     width = triton.next_power_of_2(d)
-    block = max(1, min(triton.next_power_of_2(rows), _PREPARED // width))
+    block = max(1, min(triton.next_power_of_2(rows), PREPARED // width))
     blocks = triton.cdiv(rows, block)
     rope, kind, turn = call.rope, kernels.NO_NORM, kernels.NO_ROPE
     if norm is not None:
@@ -190,7 +191,7 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     )
     if splits > 1:
         width = triton.next_power_of_2(call.dv)
-        block = max(1, min(triton.next_power_of_2(call.nq), _COMBINED // width))
+        block = max(1, min(triton.next_power_of_2(call.nq), COMBINED // width))
         blocks = triton.cdiv(call.nq, block)
         kernels.combine_kernel[(call.b * call.h * blocks,)](
             target, target_lse, heads, lse, call.nq, call.h, blocks, splits, split_stride,
