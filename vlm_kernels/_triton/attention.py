@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..ops.attention import register_fakes
 from . import _attention_kernels as kernels
-from . import _attention_tiles, _tiles
+from . import _attention_bwd, _attention_tiles, _tiles
 from ._attention_call import Call, Norm
 from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
 from ._compat import INTERPRET
@@ -63,8 +63,6 @@ def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
 def attention_bwd(grad: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """-> gradients of query, key, value, attn_mask, and weight and bias of q_norm and k_norm; (0,)
     where not needed."""
-    from . import _attention_bwd
-
     *call_args, out, lse, needs = args
     call = Call(*call_args)
     if not call.empty:
@@ -207,7 +205,8 @@ def _mask_kind(mask: Tensor | None) -> int:
 
 def _broadcast_strides(rows: Tensor) -> tuple[int, int]:
     """Of batch and heads, 0 where they share their intervals."""
-    return tuple(0 if n == 1 else s for n, s in zip(rows.shape[:2], rows.stride()[:2]))
+    batch, head = (0 if n == 1 else s for n, s in zip(rows.shape[:2], rows.stride()[:2]))
+    return batch, head
 
 
 def piece_options(call: Call) -> dict[str, int]:
