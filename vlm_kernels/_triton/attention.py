@@ -10,9 +10,6 @@ and `combine_kernel` puts the shares together in their order. Nothing is read ba
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +17,13 @@ import triton
 from torch import Tensor
 
 from ..ops.attention import register_fakes
-from . import _attention_kernels as kernels
 from . import _attention_bwd, _attention_tiles, _tiles
+from . import _attention_kernels as kernels
 from ._attention_call import Call, Norm
 from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
 from ._compat import INTERPRET
+from .contrastive import NAMESPACE, _guarded, _precision
 
-NAMESPACE = "vlm_kernels_triton"
-_GRADS = 8  # query, key, value, attn_mask, then weight and bias of q_norm and of k_norm
 _ALIGNED = 8  # features: rows at multiples of it are loaded 16 bytes at a time
 _KEY_TILES = 4  # of a program, at least, where programs share the keys
 PREPARED, COMBINED = 2048, 1024  # features of a block of rows of the small kernels
@@ -181,7 +177,7 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
         NEGATE=call.scale < 0,
         **piece_options(call),
         ALIGN=_ALIGNED if aligned else 1,
-        PRECISION=precision(),
+        PRECISION=_precision(),
         BM=tile.queries,
         BN=tile.keys,
         num_warps=tile.warps,
@@ -214,11 +210,6 @@ def piece_options(call: Call) -> dict[str, int]:
     names = ("D", "D0", "D1", "D2", "DV", "V0", "V1", "V2")
     values = (call.d, *call.pieces, call.dv, *call.value_pieces)
     return dict(zip(names, values, strict=True))
-
-
-def precision() -> str:
-    """Of products of fp32: torch's own setting."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # --- gradients ---
@@ -261,16 +252,6 @@ def _name_of_call(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 # --- registration ---
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-
-
-def _guarded(fn: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(fn)
-    def run(*args: Any) -> Any:
-        x = next(x for x in args if isinstance(x, Tensor))
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            return fn(*args)
-
-    return run
 
 
 for _name, _schema in SCHEMAS.items():
