@@ -16,8 +16,9 @@ from .triton_kernels import Variant
 _DTYPES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 _DIMS = (64, 72, 80, 88, 96, 104, 112, 128, 256)
 _ALIGNED = 8
-_PLAIN = {"MASK": NO_MASK, "ROWS": False, "SOFTCAP": False, "NEGATE": False}
+_PLAIN = {"MASK": NO_MASK, "ROWS": False, "SOFTCAP": False, "NEGATE": False, "TOGETHER": False}
 _ROWS = _PLAIN | {"ROWS": True}
+_DECODE = _ROWS | {"TOGETHER": True}
 _CAPPED = _PLAIN | {"ROWS": True, "SOFTCAP": True}
 _BOOL = _PLAIN | {"ROWS": True, "MASK": BOOL_MASK}
 _ADDITIVE = _PLAIN | {"MASK": ADDITIVE_MASK, "NEGATE": True}
@@ -48,8 +49,9 @@ def _forward(
         strides = (f"{x}_{d}" for x in "qkv" for d in ("batch", "head", "row"))
         aligned |= {*strides, "out_batch", "out_head", "out_row"}
     # what torch's sizes of 1 become
-    constants |= {"splits": 1, "group": 1, "mask_column": 1, "out_split": 0, "lse_split": 0}
-    types |= dict.fromkeys(("splits", "group", "mask_column"), "constexpr")
+    ones = {"mask_column", *(() if flags["TOGETHER"] else ("splits", "group"))}
+    constants |= dict.fromkeys(ones, 1)
+    types |= dict.fromkeys(ones, "constexpr")
     constants = {name: value for name, value in constants.items() if types[name] == "constexpr"}
     shown = ",".join(f"{k.lower()}={int(v)}" for k, v in flags.items() if v) or "plain"
     name = f"{shown},{dtype},{tile.queries}x{tile.keys},d={dim}"
@@ -102,7 +104,7 @@ def variants(arch: int) -> Iterator[Variant]:
     """Each head dim of VLMs, in bf16 with every tile; masks and other dtypes at some of them."""
     for dim in _DIMS:
         for rows in (128, 64, 32, 16):
-            for flags in (_PLAIN, _CAPPED) if rows >= 64 else (_ROWS,):
+            for flags in (_PLAIN, _CAPPED) if rows > 64 else (_CAPPED, _DECODE):
                 yield _forward(arch, "bf16", _tile(arch, "bf16", dim, False, rows), dim, flags)
     for dtype in _DTYPES:
         for dim in (64, 80, 128, 256):
@@ -124,7 +126,7 @@ def quick(arch: int) -> Iterator[Variant]:
     if arch == 90:
         yield _forward(arch, "bf16", _tile(arch, "bf16", 128, False), 128, _PLAIN)
         yield _forward(arch, "fp16", _tile(arch, "fp16", 72, True), 72, _ADDITIVE)
-        yield _forward(arch, "bf16", _tile(arch, "bf16", 88, False, 16), 88, _ROWS)
+        yield _forward(arch, "bf16", _tile(arch, "bf16", 88, False, 16), 88, _DECODE)
         yield _forward(arch, "fp32", _tile(arch, "fp32", 64, False), 64, _PLAIN)
         yield _forward(arch, "tf32", _tile(arch, "tf32", 64, False), 64, _PLAIN)
         yield _combine(arch, "bf16", 80)

@@ -24,7 +24,8 @@ from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
 from ._compat import INTERPRET
 from .contrastive import NAMESPACE, _guarded, _precision
 
-_ALIGNED = 8  # features: rows at multiples of it are loaded 16 bytes at a time
+_ALIGNMENTS = (8, 4, 2, 1)  # of rows, in features: how many are loaded at a time
+_TOGETHER = 64  # queries of the heads of one key head, up to which they share a program
 _KEY_TILES = 4  # of a program, at least, where programs share the keys
 PREPARED, COMBINED = 2048, 1024  # features of a block of rows of the small kernels
 
@@ -125,18 +126,23 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     arch = _tiles.architecture(call.device)
     dim = max(sum(call.pieces), sum(call.value_pieces))
     side_by_side = _attention_tiles.multiprocessors(call.device)
+    together = call.group > 1 and call.nq * call.group <= _TOGETHER
+    queries, own_heads = call.nq, call.b * call.h
+    if together:
+        queries, own_heads = call.nq * call.group, call.b * call.kv_heads
+    typical = min(queries, call.typical * (queries // call.nq))
     tile = _attention_tiles.choose(
         arch,
         out.element_size(),
         dim,
         call.mask is not None,
-        call.typical,
-        call.b * call.h * triton.cdiv(call.nq, call.typical),
+        typical,
+        own_heads * triton.cdiv(queries, typical),
         side_by_side,
     )
-    tiles = triton.cdiv(call.nq, tile.queries)
+    tiles = triton.cdiv(queries, tile.queries)
     # programs share the keys of a tile of queries where multiprocessors would have nothing to do
-    free = side_by_side // (call.b * call.h * tiles)
+    free = side_by_side // (own_heads * tiles)
     splits = max(1, min(free, triton.cdiv(call.nk, tile.keys * _KEY_TILES)))
     heads = call.heads(out)
     target, target_lse, split_stride, lse_stride = heads, lse, 0, 0
@@ -147,8 +153,8 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     rows, mask = call.rows, call.mask
     strides = (call.q.stride()[:3], call.k.stride()[:3], call.value.stride()[:3])
     of_out = (split_stride, *target.stride()[-4:-1])
-    aligned = all(stride % _ALIGNED == 0 for stride in (*sum(strides, ()), *of_out))
-    kernels.attention_kernel[(call.b * call.h * splits * tiles,)](
+    every_stride = (*sum(strides, ()), *of_out)
+    kernels.attention_kernel[(own_heads * splits * tiles,)](
         call.q,
         call.k,
         call.value,
@@ -158,7 +164,7 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
         target_lse,
         call.nq,
         call.nk,
-        call.h,
+        call.kv_heads,
         call.group,
         tiles,
         splits,
@@ -175,8 +181,9 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
         ROWS=rows is not None,
         SOFTCAP=call.softcap != 0.0,
         NEGATE=call.scale < 0,
+        TOGETHER=together,
         **piece_options(call),
-        ALIGN=_ALIGNED if aligned else 1,
+        ALIGN=next(n for n in _ALIGNMENTS if all(stride % n == 0 for stride in every_stride)),
         PRECISION=_precision(),
         BM=tile.queries,
         BN=tile.keys,
