@@ -306,19 +306,8 @@ class Waits(TorchDispatchMode):
     """Raises where the host would wait for a value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-<<<<<<< HEAD
-        name = func.overloadpacket.__name__
-        assert name not in (
-            "_local_scalar_dense",
-            "nonzero",
-            "is_nonzero",
-            "equal",
-            "masked_select",
-        )
-=======
         waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
         assert func.overloadpacket.__name__ not in waiting
->>>>>>> triton-fwd
         return func(*args, **(kwargs or {}))
 
 
