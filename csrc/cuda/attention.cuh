@@ -120,7 +120,7 @@ __device__ __forceinline__ Interval seen_keys(const Problem& p, int batch, int h
 
 // tanh(x), relative error 1e-6 away from 0, absolute 1e-7 near it.
 __device__ __forceinline__ float tanh_approx(float x) {
-  return 1.f - 2.f / (1.f + ptx::exp2_approx(2.f * kLog2e * x));
+  return 1.f - __fdividef(2.f, 1.f + ptx::exp2_approx(2.f * kLog2e * x));
 }
 
 // From the product of a query and a key to its logit, in units of log2, before the mask.
