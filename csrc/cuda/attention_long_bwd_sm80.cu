@@ -141,7 +141,6 @@ struct Traits {
   // stage that is not used yet.
   static constexpr bool kHeldKeys = D <= 80;
   static constexpr int kTiles = kHeldKeys ? 4 : 6;
-  static constexpr int kMinBlocks = 2;
   static constexpr size_t kRowBytes = 2 * kTile * (sizeof(float2) + sizeof(int2));
   static constexpr size_t kTileBytes = size_t{kTiles} * kTileElements * 2;
   static constexpr size_t shared_bytes(bool masked) {
@@ -347,19 +346,23 @@ template <class U>
 __device__ __forceinline__ void copy_mask(float* bias, const AttentionMask& mask, int64_t at,
                                           int queries, int keys) {
   const int c = static_cast<int>(threadIdx.x) % kTile, first = threadIdx.x / kTile;
-  const U* const from = static_cast<const U*>(mask.data) + at;
+  const U* from = static_cast<const U*>(mask.data) + at + first * mask.row_stride + c;
+  float* to = bias + first * kBiasLd + c;
+  const int rows = c < keys ? queries : 0;
 #pragma unroll 4
-  for (int r = first; r < kTile; r += kThreads / kTile) {
+  for (int r = 0; r < kTile; r += kThreads / kTile) {
     float x = 0.f;
-    if (r < queries && c < keys) {
-      const U entry = from[r * mask.row_stride + c];
+    if (first + r < rows) {
+      const U entry = *from;
       if constexpr (std::is_same_v<U, bool>) {
         x = entry ? 0.f : -kInfinity;
       } else {
         x = bias_log2(static_cast<float>(entry));
       }
     }
-    bias[r * kBiasLd + c] = x;
+    *to = x;
+    from += kThreads / kTile * mask.row_stride;
+    to += kThreads / kTile * kBiasLd;
   }
 }
 
@@ -413,13 +416,6 @@ struct Walk {
   int head, first;
 };
 
-// What a thread knows of the query of its number in a tile, on the way to shared memory.
-struct QueryRow {
-  float2 row;
-  int2 seen;
-  bool whole;  // it sees the whole tile of keys, or is no query
-};
-
 template <class T, int D>
 __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
   using S = Traits<D>;
@@ -449,29 +445,20 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
     }
     return w;
   };
-  const auto fetch = [&](Walk w) {
-    QueryRow q{make_float2(kInfinity, 0.f), make_int2(0, 0), true};
-    const int query = w.first + static_cast<int>(threadIdx.x);
-    if (w.head == p.group || threadIdx.x >= kTile || query >= end) return q;
-    const int head = kv_head * p.group + w.head;
-    const float2 row = x.rows[x.row(batch, head, query)];
-    if (row.x == -kInfinity) {
-      q.whole = false;
-      return q;
-    }
-    const Interval seen = seen_keys(p, batch, head, query, keys.first, keys_end, keys.shift);
-    q.row = row;
-    q.seen = make_int2(seen.begin, seen.end);
-    q.whole = seen.end - seen.begin == keys.count;
-    return q;
-  };
   const Shared<T, D> shared;
+  Interval seen{0, 0};  // by the query of this thread's number in the next tile
   const auto copy = [&](Walk w, int stage) {
     const int head = kv_head * p.group + w.head, rows = end - w.first;
     copy_tile<D>(shared.first(stage), head_rows<T>(p.query, batch, head, w.first),
                  p.query.row_stride, rows, p.head_dim);
     copy_tile<D>(shared.second(stage), head_rows<T>(x.a.grad, batch, head, w.first),
                  x.a.grad.row_stride, rows, p.value_dim);
+    if (threadIdx.x < kTile) {  // zeros for rows that are none: they have P = 1, but no gradient
+      const int i = min(static_cast<int>(threadIdx.x), rows - 1);
+      ptx::cp_async_8(shared.rows(stage) + threadIdx.x, x.rows + x.row(batch, head, w.first + i),
+                      i == static_cast<int>(threadIdx.x) ? 8 : 0);
+      seen = seen_keys(p, batch, head, w.first + i, keys.first, keys_end, keys.shift);
+    }
     ptx::cp_async_commit();
   };
 
@@ -483,46 +470,49 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
   const int own = 16 * warp + lane / 4;  // and own + 8
   float key_grad[D / 8][4] = {}, value_grad[D / 8][4] = {};
   OwnRows<T, D, S::kHeldKeys> key, value;
-  Walk w = from({0, begin});
-  QueryRow q = fetch(w);
-  if (w.head < p.group) {
-    constexpr int kOwn = S::kHeldKeys ? 1 : 2;  // a stage
-    copy_tile<D>(shared.first(kOwn), head_rows<T>(p.key, batch, kv_head, keys.first),
-                 p.key.row_stride, keys.count, p.head_dim);
-    copy_tile<D>(shared.second(kOwn), head_rows<T>(p.value, batch, kv_head, keys.first),
-                 p.value.row_stride, keys.count, p.value_dim);
-    ptx::cp_async_commit();
-    copy(w, 0);
-    if constexpr (S::kHeldKeys) {
-      ptx::cp_async_wait<1>();
-      __syncthreads();
-    }
-    key.take(shared.first(kOwn));
-    value.take(shared.second(kOwn));
-  }
+  Walk w{0, begin - kTile};
+  int rows = 0;  // of the tile that is on its way
 #pragma unroll 1
-  for (int stage = 0; w.head < p.group; stage ^= 1) {
-    if (threadIdx.x < kTile) {
-      shared.rows(stage)[threadIdx.x] = q.row;
-      shared.seen(stage)[threadIdx.x] = q.seen;
+  for (int stage = 1;; stage ^= 1) {
+    const int landed = rows;
+    bool whole = false;
+    if (landed > 0) {
+      ptx::cp_async_wait<0>();
+      whole = true;
+      if (threadIdx.x < kTile) {  // what it copied itself needs no barrier
+        if (shared.rows(stage)[threadIdx.x].x == -kInfinity) seen = {0, 0};
+        whole = seen.end - seen.begin == keys.count;
+        shared.seen(stage)[threadIdx.x] = make_int2(seen.begin, seen.end);
+      }
+      if (has_mask) {
+        __syncthreads();  // nobody reads the last tile's
+        load_bias<T>(shared.bias(), x, batch, kv_head * p.group + w.head, w.first, rows, keys.first,
+                     keys.count);
+      }
+      whole = __syncthreads_and(whole);  // and nobody reads the other stage
     }
-    const int rows = min(kTile, end - w.first);
-    ptx::cp_async_wait<0>();
-    if (has_mask) {
-      __syncthreads();  // nobody reads the last tile's
-      load_bias<T>(shared.bias(), x, batch, kv_head * p.group + w.head, w.first, rows, keys.first,
-                   keys.count);
-    }
-    // the tile has landed, and the stage before it is free
-    const bool whole = __syncthreads_and(q.whole);
     w = from({w.head, w.first + kTile});
-    if (w.head < p.group) {
-      q = fetch(w);
-      copy(w, stage ^ 1);
+    rows = w.head < p.group ? min(kTile, end - w.first) : 0;
+    if (rows > 0) copy(w, stage ^ 1);
+    if (landed == 0) {
+      if (rows == 0) break;
+      constexpr int kOwn = S::kHeldKeys ? 1 : 2;  // a stage
+      copy_tile<D>(shared.first(kOwn), head_rows<T>(p.key, batch, kv_head, keys.first),
+                   p.key.row_stride, keys.count, p.head_dim);
+      copy_tile<D>(shared.second(kOwn), head_rows<T>(p.value, batch, kv_head, keys.first),
+                   p.value.row_stride, keys.count, p.value_dim);
+      ptx::cp_async_commit();
+      if constexpr (S::kHeldKeys) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+      }
+      key.take(shared.first(kOwn));
+      value.take(shared.second(kOwn));
+      continue;
     }
-    if (16 * warp >= keys.count) continue;
+    const int steps = 16 * warp < keys.count ? landed : 0;
 #pragma unroll 1
-    for (int step = 0; step < rows; step += kStep) {
+    for (int step = 0; step < steps; step += kStep) {
       const T* const query = shared.first(stage) + step * S::kLd;
       const T* const grad = shared.second(stage) + step * S::kLd;
       Scores s, dp;  // keys x queries
@@ -535,18 +525,20 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
         const float4 x = *reinterpret_cast<const float4*>(shared.rows(stage) + other + 8 * n);
         return TwoRows{{{x.x, x.y}, {x.z, x.w}}};
       };
-      const auto seen = [&](int n, int e) {
+      const auto sees = [&](int n, int e) {
         const int2 x = shared.seen(stage)[other + 8 * n + e % 2];
         return Interval{x.x, x.y}.has(keys.first + own + e / 2 * 8);
       };
-      gradients<false>(s, dp, logit, entries, rows_of, seen);
+      gradients<false>(s, dp, logit, entries, rows_of, sees);
       if (want_value) accumulate<D>(value_grad, s, grad);
       if (want_key) accumulate<D>(key_grad, dp, query);
     }
+    if (rows == 0) break;
   }
   __syncthreads();
   T* const staging = shared.first(0) + 16 * warp * S::kLd;
-  const int first = keys.first + 16 * warp, rows = keys.count - 16 * warp;
+  const int first = keys.first + 16 * warp;
+  rows = keys.count - 16 * warp;
   if (rows <= 0) return;
   if (want_key) {
     store_rows<D>(staging, key_grad, p.scale, head_rows<T>(x.a.grad_key, batch, kv_head, first),
@@ -605,38 +597,43 @@ __device__ __forceinline__ void own_queries(const LongBwd& x, int block) {
   Interval by_all{INT_MIN, INT_MAX};                              // of the warp
   float sum[D / 8][4] = {};
   OwnRows<T, D, true> query, grad;
-  if (begin < end) {
-    copy_tile<D>(shared.first(1), head_rows<T>(p.query, batch, head, queries.first),
-                 p.query.row_stride, queries.count, p.head_dim);
-    copy_tile<D>(shared.second(1), head_rows<T>(x.a.grad, batch, head, queries.first),
-                 x.a.grad.row_stride, queries.count, p.value_dim);
-    ptx::cp_async_commit();
-    copy(begin, 0);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (own + 8 * h >= queries.count) continue;
-      const int i = queries.first + own + 8 * h;
-      row[h] = x.rows[x.row(batch, head, i)];
-      by_row[h] = seen_keys(p, batch, head, i, queries.begin, queries.end, queries.shift);
-      if (row[h].x == -kInfinity) by_row[h] = {0, 0};
-    }
-    by_all.begin = __reduce_max_sync(~0u, max(by_row[0].begin, by_row[1].begin));
-    by_all.end = __reduce_min_sync(~0u, min(by_row[0].end, by_row[1].end));
-    ptx::cp_async_wait<1>();
-    __syncthreads();
-    query.take(shared.first(1));
-    grad.take(shared.second(1));
+  for (int h = 0; h < 2; ++h) {
+    if (own + 8 * h >= queries.count) continue;
+    const int i = queries.first + own + 8 * h;
+    row[h] = x.rows[x.row(batch, head, i)];
+    by_row[h] = seen_keys(p, batch, head, i, queries.begin, queries.end, queries.shift);
+    if (row[h].x == -kInfinity) by_row[h] = {0, 0};
   }
-  int stage = 0;
+  by_all.begin = __reduce_max_sync(~0u, max(by_row[0].begin, by_row[1].begin));
+  by_all.end = __reduce_min_sync(~0u, min(by_row[0].end, by_row[1].end));
+  // a round ahead, in which what the CTA owns is loaded
+  int stage = 1;
 #pragma unroll 1
-  for (int first = begin; first < end; first += kTile, stage ^= 1) {
-    ptx::cp_async_wait<0>();
-    if (has_mask) {
-      __syncthreads();
-      load_bias<T>(shared.bias(), x, batch, head, queries.first, queries.count, first, end - first);
+  for (int first = begin - kTile; first < end; first += kTile, stage ^= 1) {
+    if (first >= begin) {
+      ptx::cp_async_wait<0>();
+      if (has_mask) {
+        __syncthreads();
+        load_bias<T>(shared.bias(), x, batch, head, queries.first, queries.count, first,
+                     end - first);
+      }
+      __syncthreads();  // the tile has landed, and nobody reads the other stage
     }
-    __syncthreads();  // the tile has landed, and the stage before it is free
     if (first + kTile < end) copy(first + kTile, stage ^ 1);
+    if (first < begin) {
+      if (begin >= end) break;
+      copy_tile<D>(shared.first(1), head_rows<T>(p.query, batch, head, queries.first),
+                   p.query.row_stride, queries.count, p.head_dim);
+      copy_tile<D>(shared.second(1), head_rows<T>(x.a.grad, batch, head, queries.first),
+                   x.a.grad.row_stride, queries.count, p.value_dim);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      query.take(shared.first(1));
+      grad.take(shared.second(1));
+      continue;
+    }
     if (16 * warp >= queries.count) continue;
     const bool whole = by_all.begin <= first && first + kTile <= min(by_all.end, end);
 #pragma unroll 1
@@ -650,11 +647,11 @@ __device__ __forceinline__ void own_queries(const LongBwd& x, int block) {
       const Entries entries{own, other, has_mask ? shared.bias() : nullptr, additive,
                             whole && !has_mask};
       const auto rows_of = [&](int) { return TwoRows{{row[0], row[1]}}; };
-      const auto seen = [&](int n, int e) {
+      const auto sees = [&](int n, int e) {
         const int key = first + other + 8 * n + e % 2;
         return key < end && by_row[e / 2].has(key);
       };
-      gradients<true>(s, dp, logit, entries, rows_of, seen);
+      gradients<true>(s, dp, logit, entries, rows_of, sees);
       accumulate<D>(sum, dp, key);
     }
   }
@@ -684,7 +681,7 @@ __device__ __forceinline__ void own_queries(const LongBwd& x, int block) {
 // Instances: 6 head dims x 2 dtypes.
 // limits: registers 255, shared 0, spills 0
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, Traits<D>::kMinBlocks) grads_kernel(LongBwd x) {
+__global__ void __launch_bounds__(kThreads, 2) grads_kernel(LongBwd x) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < x.key_blocks) {
     own_keys<T, D>(x, block);
