@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,9 @@ class Provider:
             to see whether a shape fits before trying it; 0 for ours.
         note: what exactly ran, such as the version of another library.
         keep: timed to the end however slow, because a target names it.
-        patterns: the cases it is for, by what the op's `Case.takes` goes by.
+        patterns: the cases it is for, by what the op's `Case.takes` goes by; cuda_patterns: more of
+            them, on a GPU.
+        around: entered while it is called, so that a choice made for it is no part of its time.
         workspace_mb, backend: ours only; a backend where it is not that of the whole run.
     """
 
@@ -38,6 +41,8 @@ class Provider:
     note: str = ""
     keep: bool = False
     patterns: tuple[str, ...] = ()
+    cuda_patterns: tuple[str, ...] = ()
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
     workspace_mb: int | None = None
     backend: str | None = None
 
@@ -61,7 +66,7 @@ class Case:
     """
 
     op: str
-    mode: str  # "fwd" or "full"
+    mode: str  # "fwd", "bwd" or "full"
     dtype: str  # a key of DTYPES
 
     def __str__(self) -> str:
@@ -109,8 +114,8 @@ class Case:
         """Bytes of what a call returns; they are no part of the memory it needs."""
         raise NotImplementedError
 
-    def takes(self, provider: Provider) -> bool:
-        """Whether a provider of the op is for cases of this kind at all."""
+    def takes(self, provider: Provider, device: str = "cpu") -> bool:
+        """Whether a provider of the op is for cases of this kind on this device at all."""
         return True
 
     def refuses(self, peer: Provider) -> str:
@@ -125,11 +130,11 @@ class Case:
         raise NotImplementedError
 
     def call(self, fn: Callable[..., Any], inputs: Any) -> Callable[[], object]:
-        """One call to time: the op under no_grad, or the op and the gradients of all inputs."""
+        """One call to time: the op under no_grad, the gradients of all inputs, or both."""
         raise NotImplementedError
 
     def results(self, fn: Callable[..., Any], inputs: Any) -> dict[str, Tensor]:
-        """What the op returns, and under "full" the gradients, each under its name."""
+        """What the op returns, and but for "fwd" the gradients, each under its name."""
         raise NotImplementedError
 
     def exact(self, device: str = "cpu") -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ _EAGER_CALLS = 20
 
 def graphed(fn: Callable[[], object]) -> Callable[[], object]:
     """Replays `fn` as one CUDA graph: what is timed is the device, not Python. What capturing
-    raises (a synchronisation, say) comes through."""
+    raises (a synchronisation, say) comes through. It is captured on the stream it was warmed up on:
+    a backward runs where its forward did."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -23,7 +24,7 @@ def graphed(fn: Callable[[], object]) -> Callable[[], object]:
             fn()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         # the graph owns its outputs, and a name here would keep them past the replay
         fn()
     return graph.replay

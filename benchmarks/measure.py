@@ -61,20 +61,10 @@ def time_case(case: Case, providers: Sequence[Provider], settings: Settings) -> 
         if row.status != "ok":
             continue
         try:
-            fn = case.call(provider.build(False), inputs)
-            start = time.perf_counter()
-            fn()
-            if settings.on_gpu:
-                torch.cuda.synchronize()
-            row.first_s = time.perf_counter() - start
-            row.err, row.err_n = _error(case, provider, settings)
-            row.status, row.reason = _verdict(case, row.err)
-            if row.status != "ok":
-                continue
-            if settings.on_gpu:
-                row.eager_ms = gpu.eager_seconds(fn) * 1e3
-                fn = gpu.graphed(fn)
-            runs[provider.key] = fn
+            with provider.around():
+                runs[provider.key] = _prepared(case, provider, inputs, row, settings)
+        except Wrong as wrong:
+            row.status, row.reason = "error", str(wrong)
         except Exception as error:  # whatever a peer or a kernel raises belongs in its row
             row.status, row.reason = "error", reason_of(error)
     ours = {provider.key for provider in providers if provider.ours}
@@ -87,6 +77,28 @@ def time_case(case: Case, providers: Sequence[Provider], settings: Settings) -> 
         rows[key].ms, rows[key].samples = spread.median * 1e3, len(seconds)
         rows[key].ms_p20, rows[key].ms_p80 = spread.p20 * 1e3, spread.p80 * 1e3
     return list(rows.values())
+
+
+class Wrong(Exception):
+    """The results are not those of the op."""
+
+
+def _prepared(
+    case: Case, provider: Provider, inputs: Any, row: Row, settings: Settings
+) -> Callable[[], object]:
+    """What is timed: called once, found to be right, and on a GPU a graph."""
+    fn = case.call(provider.build(False), inputs)
+    start = time.perf_counter()
+    fn()
+    if settings.on_gpu:
+        torch.cuda.synchronize()
+    row.first_s = time.perf_counter() - start
+    row.err, row.err_n = _error(case, provider, settings)
+    _check(case, row.err)
+    if not settings.on_gpu:
+        return fn
+    row.eager_ms = gpu.eager_seconds(fn) * 1e3
+    return gpu.graphed(fn)
 
 
 def _times(
@@ -164,13 +176,11 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {line.strip()}"[:300]
 
 
-def _verdict(case: Case, errors: dict[str, float]) -> tuple[str, str]:
-    """The status of a row with these errors, and the reason: what is wrong is not worth timing."""
-    limit = case.wrong
-    bad = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= limit]
-    if not bad:
-        return "ok", ""
-    return "error", f"wrong: errors above {limit:g} against fp64: {', '.join(bad)}"
+def _check(case: Case, errors: dict[str, float]) -> None:
+    """What is wrong is not worth timing."""
+    bad = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= case.wrong]
+    if bad:
+        raise Wrong(f"wrong: errors above {case.wrong:g} against fp64: {', '.join(bad)}")
 
 
 def _error(case: Case, provider: Provider, settings: Settings) -> tuple[dict[str, float], int]:
@@ -197,14 +207,16 @@ def memory_case(case: Case, provider: Provider, settings: Settings) -> Row:
         return row
     if settings.on_gpu:
         try:
-            peak = gpu.peak_bytes(memory_step(case, provider.name, provider.workspace_mb, settings))
+            with provider.around():
+                step = memory_step(case, provider.name, provider.workspace_mb, settings)
+                peak = gpu.peak_bytes(step)
             row.peak_mib = (peak - case.returned_bytes) / 2**20
         except Exception as error:  # out of memory, whatever the call raised
             row.status, row.reason = "error", reason_of(error)
         return row
-    step = f"memory_step({case!r}, {provider.name!r}, {provider.workspace_mb!r}, {settings!r})"
+    call = f"memory_step({case!r}, {provider.name!r}, {provider.workspace_mb!r}, {settings!r})"
     setup = "from benchmarks.measure import Settings, memory_step\n"
-    setup += f"from {type(case).__module__} import Case\nstep = {step}"
+    setup += f"from {type(case).__module__} import Case\nstep = {call}"
     load = OtherLoad()
     try:
         peak = timing.peak_rss_delta(setup, "kept = step()", timeout_s=settings.memory_timeout)

@@ -85,7 +85,7 @@ class Row:
         kind: "time", "memory" or "cost".
         group: which of an op's sets of shapes this one is in; shape: its name there.
         b, h, n, m, d: batch, heads, queries or rows, keys or columns, features.
-        mode: "fwd" (under no_grad) or "full" (forward, and gradients of every input).
+        mode: "fwd" (under no_grad), "bwd" (gradients of every input) or "full" (both).
         provider: "vlm_kernels" or a peer; `ours` says which, `backend` what ran ours.
         counts: ours, and run by a kernel of ours rather than by plain PyTorch.
         status: "ok", "error" or "skipped", with the `reason`.
@@ -98,7 +98,7 @@ class Row:
         err: relative L2 error of the result and of each gradient against fp64, at `err_n` rows.
         peak_mib: peak resident memory above inputs and gradients, in a fresh process.
         best_peer, speedup: the fastest peer of the row, and its time over this row's.
-        ratios: the same for each peer.
+        ratios: the same for each peer; eager_ratios: that of `eager_ms`.
         name, value, unit: of a cost.
         other_load: share of the machine that other processes took meanwhile.
     """
@@ -144,6 +144,7 @@ class Row:
     best_peer: str | None = None
     speedup: float | None = None
     ratios: dict[str, float] | None = None
+    eager_ratios: dict[str, float] | None = None
     name: str | None = None
     value: float | None = None
     unit: str | None = None
@@ -171,6 +172,7 @@ _LATER: dict[str, Any] = {
     "b": None,
     "h": None,
     "ratios": None,
+    "eager_ratios": None,
 }
 """Fields that files written before them lack, and what they mean there."""
 
@@ -203,12 +205,27 @@ class OtherLoad:
         return busy, sum(u.ru_utime + u.ru_stime for u in usages), time.perf_counter()
 
 
+class File:
+    """JSON lines that are written again and again as rows come in.
+
+    What the file held is kept if `append`, else gone at the first write.
+    """
+
+    def __init__(self, path: str, append: bool = False) -> None:
+        self._path = Path(path)
+        self._kept = self._path.read_text() if append and self._path.exists() else ""
+
+    def write(self, rows: Iterable[Row]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # whole or not at all: whoever stops a run stops it anywhere
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(self._kept + "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        partial.replace(self._path)
+
+
 def write(rows: Iterable[Row], path: str, append: bool = False) -> None:
     """Writes rows as JSON lines, over what the file held unless `append`."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a" if append else "w") as file:
-        for row in rows:
-            file.write(json.dumps(asdict(row)) + "\n")
+    File(path, append).write(rows)
 
 
 def read(path: str) -> list[dict[str, Any]]:

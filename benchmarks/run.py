@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from types import ModuleType
@@ -22,7 +23,7 @@ _OPS: dict[str, tuple[str, ...]] = {
     **{op: (op,) for op in peers.OPS},
 }
 _GROUPS = tuple(group for module in peers.MODULES.values() for group in module.GROUPS if group)
-_MODES = ("fwd", "full")
+_MODES = ("fwd", "bwd", "full")
 
 
 def _list(known: Iterable[str]) -> Callable[[str], list[str]]:
@@ -65,9 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--op", choices=sorted(_OPS), default="contrastive", help="contrastive: both losses")
     add("--group", type=_list(_GROUPS), help="of attention: its sets of shapes (default: all)")
-    add("--mode", type=_list(_MODES), default=["full"], help="fwd,full (default: full)")
-    add("--dtype", type=_list(roofline.DTYPES), default=["fp32", "bf16"], help="fp32,bf16,fp16")
-    add("--peers", type=_peer_names, default="all", help="all, none or names with commas")
+    add("--mode", type=_list(_MODES), help="fwd,bwd,full (default: full; of a GPU's set its own)")
+    dtypes = "fp32,bf16,fp16 (default: fp32,bf16; of attention on a GPU bf16)"
+    add("--dtype", type=_list(roofline.DTYPES), help=dtypes)
+    add("--peers", type=_peer_names, default="all", help="all, none, names with commas, or -names")
     add("--shapes", type=_shapes, help="with commas (default: those of the targets)")
     add("--workspace-mb", type=_positive, help="of ours (default: its own, and a tight one)")
     add("--backend", default="auto", help="of ours, or several with commas; see `explain`")
@@ -75,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: graphs, from a cold L2")
     add("--repeats", type=_positive, help="rounds at least (default: 5, quick 3)")
     add("--min-time", type=float, help="seconds of rounds a case at least (default: 2, quick 0.5)")
-    add("--quick", action="store_true", help="the first shape of each group only, few repeats")
+    quick = "the first shape of each group only (two of a GPU's), few repeats"
+    add("--quick", action="store_true", help=quick)
+    add("--time-limit", type=float, help="seconds after which no other shape is begun")
     add("--memory", action="store_true", help="peak memory of ours and of the peers that fit")
     add("--memory-shape", type=_shapes, help="of the memory pass (default: that of the targets)")
     add("--check", action="store_true", help="hold the run to the targets; exit status 1 if missed")
@@ -94,11 +98,24 @@ def _modules(args: argparse.Namespace) -> list[tuple[ModuleType, list[str]]]:
 
 def cases(args: argparse.Namespace) -> list[tuple[Case, list[int | None]]]:
     """What to time, and with which workspaces of ours (None: its default)."""
+    args = _with_dtypes(args)
+    for module, ops in _modules(args):
+        unknown = set(args.mode or ()) - set(module.MODES)
+        if unknown:
+            raise ValueError(f"{ops[0]} has no mode {unknown.pop()}, only {','.join(module.MODES)}")
     return [case for module, ops in _modules(args) for case in module.cases(args, ops)]
 
 
 def _memory_cases(args: argparse.Namespace) -> list[tuple[Case, int | None]]:
+    args = _with_dtypes(args)
     return [case for module, ops in _modules(args) for case in module.memory_cases(args, ops)]
+
+
+def _with_dtypes(args: argparse.Namespace) -> argparse.Namespace:
+    if args.dtype is not None:
+        return args
+    chosen = ["bf16"] if args.device == "cuda" and args.op == "attention" else ["fp32", "bf16"]
+    return argparse.Namespace(**{**vars(args), "dtype": chosen})
 
 
 def _providers(
@@ -155,6 +172,9 @@ def finish(rows: Sequence[Row], limits: roofline.Roofline) -> None:
             row.ratios = {r.provider: r.ms / row.ms for r in rivals if r.ms is not None}
             row.best_peer = min(row.ratios, key=row.ratios.__getitem__)
             row.speedup = row.ratios[row.best_peer]
+        if row.eager_ms is not None:
+            eager = {r.provider: r.eager_ms for r in rivals}
+            row.eager_ratios = {k: v / row.eager_ms for k, v in eager.items() if v is not None}
 
 
 def _same_case(a: Row, b: Row) -> bool:
@@ -162,8 +182,13 @@ def _same_case(a: Row, b: Row) -> bool:
     return all(getattr(a, key) == getattr(b, key) for key in keys)
 
 
-def measure_all(args: argparse.Namespace) -> list[Row]:
-    """All rows of a run, finished."""
+def measure_all(
+    args: argparse.Namespace, save: Callable[[Sequence[Row]], None] = lambda rows: None
+) -> list[Row]:
+    """All rows of a run, finished. `save` is given what there is after each case: a run that is
+    stopped leaves the rows it has."""
+    begun = time.monotonic()
+    args = _with_dtypes(args)
     torch.set_num_threads(args.threads)
     settings = Settings(
         threads=args.threads,
@@ -178,13 +203,21 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     # Provider objects are made once: errors against fp64 are remembered by them.
     known: dict[tuple[str, tuple[int | None, ...]], list[Provider]] = {}
-    for case, workspaces in cases(args):
+    chosen = cases(args)
+    for done, (case, workspaces) in enumerate(chosen):
+        if args.time_limit is not None and time.monotonic() - begun > args.time_limit:
+            left = ", ".join(str(case) for case, _ in chosen[done:])
+            _say(f"no time left for {left}")
+            break
         _say(f"timing {case}")
         key = case.op, tuple(workspaces)
         if key not in known:
             known[key] = _providers(case.op, workspaces, args)
-        providers = [provider for provider in known[key] if case.takes(provider)]
-        rows += _repeatable(measure.time_case(case, providers, settings), case, args)
+        providers = [provider for provider in known[key] if case.takes(provider, args.device)]
+        found = _repeatable(measure.time_case(case, providers, settings), case, args)
+        finish(found, limits)
+        rows += found
+        save(rows)
     # Again, since the machine may have been busy the first time.
     limits = limits.best(roofline.measure(args.dtype, budget, args.device))
     finish(rows, limits)
@@ -193,7 +226,7 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
             mine = [(b, peers.ours(case.op, workspace, b)) for b in args.backend.split(",")]
             rivals = peers.choose(case.op, args.peers if args.memory else "none")
             for backend, provider in [*mine, *((args.backend, peer) for peer in rivals)]:
-                if case.takes(provider):
+                if case.takes(provider, args.device):
                     _say(f"memory of {case}: {provider.key}")
                     own = replace(settings, backend=backend)
                     row = measure.memory_case(case, provider, own)
@@ -210,9 +243,13 @@ def main(args: argparse.Namespace) -> int:
         cases(args)
         _memory_cases(args)
     except ValueError as error:
-        print(f"run: argument --shapes or --memory-shape: {error}", file=sys.stderr)
+        named = "--shapes, --memory-shape, --group or --mode"
+        print(f"run: argument {named}: {error}", file=sys.stderr)
         return 2
-    rows = measure_all(args)
-    if args.json:
-        record.write(rows, args.json, args.append)
+    if not args.json:
+        rows = measure_all(args)
+    else:
+        file = record.File(args.json, args.append)
+        rows = measure_all(args, file.write)
+        file.write(rows)
     return report.show([asdict(row) for row in rows], args.markdown, args.plot, args.check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -36,6 +37,52 @@ ATTENTION = {
     ),
 }
 """Group -> shapes, as `--shapes` takes them."""
+ATTENTION_GPU: dict[str, tuple[str, tuple[str, ...]]] = {
+    "odd_dims": (
+        "fwd",
+        (
+            "32x16x257x80",  # ViT-H/14
+            "16x16x729x72",  # SigLIP so400m at 384 pixels
+            "32x16x256x72",
+            "32x16x257x88",  # EVA ViT-g
+            "16x16x1024x80",  # Qwen2-VL
+            "32x16x257x104",  # ViT-bigG
+            "32x16x257x112",  # ViT-e
+            "8x16x1601x88",  # Llama 3.2 Vision's tokens
+        ),
+    ),
+    "d64_short": ("fwd", ("64x12x197x64", "64x16x257x64")),
+    "bwd_short": ("bwd", ("64x16x257x64", "32x16x257x80", "64x12x197x64", "32x16x256x72")),
+    "bwd_long": ("bwd", ("16x16x729x72", "16x16x1024x80", "16x16x577x80", "8x16x1024x88")),
+    "rope_norm": (
+        "fwd",
+        ("rope_norm:32x16x256x72", "rope_norm:16x16x576x64", "rope_norm:16x16x576x80"),
+    ),
+    "windows": ("fwd", ("windows:16x16384x80", "windows:16x4096x80")),
+    "images": ("fwd", ("images:16x72", "images:16x80", "images:12x64")),
+    "masks_gpu": (
+        "fwd",
+        (
+            "prefix_lm:8x16x1024x64",
+            "per_image:8x8x1024x128",
+            "image_blocks:8x16x1024x64",
+            "prefix_lm:8x8x1024x128",
+            "per_image:8x16x1024x64",
+            "image_blocks:8x8x1024x128",
+        ),
+    ),
+    "few_queries": ("fwd", ("64x12x32x257x64", "64x8x64x577x96")),
+    "long": ("fwd", ("32x16x577x64", "8x25x1025x128", "8x16x1025x64", "2x16x4096x128")),
+    "latency": ("fwd", ("1x16x257x80", "1x16x577x64", "1x12x197x64", "1x16x729x72")),
+    # queries of Llama 3 and of Qwen2.5-7B; B, H, key heads, keys, D
+    "decode": (
+        "fwd",
+        ("decode:16x32x8x8192x128", "decode:64x28x4x2048x128", "decode:1x32x8x32768x128"),
+    ),
+}
+"""Group -> what is timed, and shapes: a line of the H200's targets each, the most telling first."""
+QUICK_GPU = 2
+"""Shapes of each of them that `--quick` takes."""
 ATTENTION_MEMORY = ("2x16x1024x64", "images:16x72", "prefix_lm:2x16x1024x64")
 """What `--memory` measures; there is no target."""
 SHAPES = tuple((n, d) for n in (2048, 4096, 8192) for d in (512, 768))
@@ -50,10 +97,13 @@ OTHER_LOAD = 0.25
 
 @dataclass(frozen=True)
 class Speed:
-    """Two threads; `share` of the measured limit is only reported.
+    """Ratios to the best peer; on a CPU with two threads.
 
-    The ratio is to the best peer, or to the best of those whose name begins with `against`; a floor
-    of 0 is none.
+    Attributes:
+        geomean, floor: over the shapes, and of the worst; 0 is none.
+        share: of the measured limit; only reported, unless `strict`.
+        against: the best of these peers alone: patterns as of file names.
+        of: "ms", or "eager_ms": an eager call and the wait for it.
     """
 
     op: str
@@ -66,11 +116,25 @@ class Speed:
     mode: str = "full"
     group: str = ""
     against: str = ""
+    device: str = "cpu"
+    of: str = "ms"
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds on a GPU."""
+
+    op: str
+    shape: str
+    limit: float
+    dtype: str = "bf16"
+    mode: str = "full"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """MiB above inputs and gradients at `MEMORY_SHAPE` with workspace_mb=`MEMORY_MB`."""
+    """On a CPU: MiB above inputs and gradients at `MEMORY_SHAPE` with workspace_mb=`MEMORY_MB`."""
 
     op: str
     dtype: str
@@ -88,21 +152,38 @@ class Cost:
 _ATTENTION: tuple[tuple[str, str, str, float, float, float | None, str], ...] = (
     ("dense", "fwd", "fp32", 1.6, 1.35, 0.85, ""),
     ("dense", "fwd", "bf16", 2.2, 1.6, 0.82, ""),
-    ("dense", "fwd", "bf16", 3.0, 0.0, None, "sdpa"),
+    ("dense", "fwd", "bf16", 3.0, 0.0, None, "sdpa*"),
     ("dense", "full", "fp32", 1.6, 1.4, 0.85, ""),
     ("dense", "full", "bf16", 1.75, 1.25, 0.83, ""),
-    ("dense", "full", "bf16", 3.0, 0.0, None, "sdpa"),
+    ("dense", "full", "bf16", 3.0, 0.0, None, "sdpa*"),
     *(
         (group, mode, dtype, geomean, floor, None, against)
         for group, fp32, bf16, against in (
             # set against SDPA only; the rows show matmul, softmax, matmul as well
-            ("packed", (1.5, 1.2), (2.5, 1.8), "sdpa"),
+            ("packed", (1.5, 1.2), (2.5, 1.8), "sdpa*"),
             ("masks", (1.8, 1.3), (3.0, 2.0), ""),
         )
         for mode in ("fwd", "full")
         for dtype, (geomean, floor) in (("fp32", fp32), ("bf16", bf16))
     ),
 )
+_GPU: tuple[tuple[str, float, float, str], ...] = (
+    # group, geomean, floor, peers
+    ("odd_dims", 1.4, 1.15, "sdpa*"),
+    ("d64_short", 1.5, 1.2, "sdpa*"),
+    ("long", 1.1, 0.95, "sdpa*"),
+    ("bwd_short", 1.7, 1.3, "sdpa*"),
+    ("bwd_long", 1.2, 1.0, "sdpa*"),
+    ("images", 1.7, 0.0, "varlen_attn"),
+    ("images", 4.0, 0.0, "sdpa_per_image"),
+    ("windows", 3.5, 0.0, "varlen_attn"),
+    ("few_queries", 1.6, 0.0, "sdpa*"),
+    ("masks_gpu", 3.0, 0.0, "sdpa*"),
+    ("masks_gpu", 1.5, 0.0, "flex"),
+    ("rope_norm", 2.0, 0.0, "ops_sdpa*"),
+    ("latency", 2.5, 0.0, "sdpa*"),
+)
+_GPU_LOSSES = tuple(f"{n}x768" for n in (4096, 8192, 16384, 32768))
 SPEED = (
     Speed("clip_loss", "fp32", 1.4, 1.25, 0.90),
     Speed("clip_loss", "bf16", 1.35, 1.2, 0.88),
@@ -114,7 +195,44 @@ SPEED = (
         Speed("attention", dtype, geomean, floor, share, None, ATTENTION[group], mode, group, peer)
         for group, mode, dtype, geomean, floor, share, peer in _ATTENTION
     ),
+    *(
+        Speed(
+            "attention",
+            "bf16",
+            geomean,
+            floor,
+            shapes=ATTENTION_GPU[group][1],
+            mode=ATTENTION_GPU[group][0],
+            group=group,
+            against=peers,
+            device="cuda",
+            of="eager_ms" if group == "latency" else "ms",
+        )
+        for group, geomean, floor, peers in _GPU
+    ),
+    Speed(
+        "attention",
+        "bf16",
+        0.0,
+        0.0,
+        0.75,
+        shapes=ATTENTION_GPU["decode"][1],
+        mode="fwd",
+        group="decode",
+        device="cuda",
+        strict=True,
+    ),
+    *(
+        Speed(op, "bf16", ratio, ratio, shapes=_GPU_LOSSES, against=peers, device="cuda")
+        for op in ("clip_loss", "siglip_loss")
+        for ratio, peers in ((2.0, "open_clip"), (1.3, "*_compile"))
+    ),
+    *(
+        Speed(op, "bf16", ratio, ratio, shapes=("65536x768",), against=peer, device="cuda")
+        for op, ratio, peer in (("clip_loss", 3.0, "inf_cl"), ("siglip_loss", 1.5, "siglip_kernel"))
+    ),
 )
+TIME = (Time("clip_loss", "65536x768", 42), Time("siglip_loss", "65536x768", 32))
 MEMORY = tuple(
     Memory(op, dtype, limit)
     for op in ("clip_loss", "siglip_loss")
@@ -152,6 +270,7 @@ def check(rows: Iterable[Row]) -> list[Verdict]:
     """
     rows = [row for row in rows if row["ours"]]
     verdicts = [_speed(t, [r for r in rows if r["kind"] == "time"]) for t in SPEED]
+    verdicts += [_time(t, [r for r in rows if r["kind"] == "time"]) for t in TIME]
     verdicts.append(_quiet([r for r in rows if r["kind"] == "time"]))
     verdicts += [_memory(t, [r for r in rows if r["kind"] == "memory"]) for t in MEMORY]
     return verdicts + [_cost(t, [r for r in rows if r["kind"] == "cost"]) for t in COST]
@@ -172,38 +291,73 @@ def _speed(target: Speed, rows: list[Row]) -> Verdict:
         what += f" workspace_mb={target.workspace_mb}"
     if target.against:
         what += f" against {target.against}"
-    want = f"geomean {target.geomean:g}x" + (f", floor {target.floor:g}x" if target.floor else "")
-    found: dict[str, Row] = {}
+    if target.device != "cpu":
+        what += f" on {target.device}"
+    want = _wanted(target)
+    found: dict[tuple[str, str], Row] = {}  # the last row of a shape and a backend
     for row in rows:
-        key = (row["op"], row["mode"], row["dtype"], row["workspace_mb"])
-        wanted = (target.op, target.mode, target.dtype, target.workspace_mb)
-        if key == wanted and row["shape"] in target.shapes:
-            found[row["shape"]] = row
+        point = (row["op"], row["mode"], row["dtype"], row["workspace_mb"], row["device"])
+        wanted = (target.op, target.mode, target.dtype, target.workspace_mb, target.device)
+        if point == wanted and row["shape"] in target.shapes:
+            found[row["shape"], row["backend"] or ""] = row
     if not found:
         return Verdict(what, want, "", None)
     bad = [_reason(row) for row in found.values() if _reason(row)]
     if bad:
         return Verdict(what, want, f"{len(bad)} of {len(found)} rows do not count: {bad[0]}", False)
-    ratios = {shape: _ratio(row, target.against) for shape, row in found.items()}
+    ratios = {key: _ratio(row, target) for key, row in found.items()}
     if not all(ratios.values()):
         return Verdict(what, want, "", None)
-    geomean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
-    worst = min(ratios, key=lambda shape: ratios[shape])
-    got = f"{geomean:.2f}x, worst {ratios[worst]:.2f}x at {worst}"
-    shares = [row["roofline_pct"] for row in found.values() if row["roofline_pct"] is not None]
+    best: dict[str, tuple[str, str]] = {}  # the backend that is fastest at a shape
+    for key in ratios:
+        if key[0] not in best or ratios[key] > ratios[best[key[0]]]:
+            best[key[0]] = key
+    geomean = math.exp(sum(math.log(ratios[key]) for key in best.values()) / len(best))
+    worst = min(best.values(), key=lambda key: ratios[key])
+    got = f"{geomean:.2f}x, worst {ratios[worst]:.2f}x at {worst[0]}"
+    if target.device != "cpu":
+        got += f" ({', '.join(sorted({backend for _, backend in best.values()}))})"
+    shares = [found[key]["roofline_pct"] for key in best.values()]
+    shares = [share for share in shares if share is not None]
     if shares and target.share is not None:
         got += f"; share {min(shares):.0f}-{max(shares):.0f} % (target {target.share:.0%})"
-    if len(found) < len(target.shapes):
-        got += f"; only {len(found)} of {len(target.shapes)} shapes run"
-    return Verdict(what, want, got, geomean >= target.geomean and ratios[worst] >= target.floor)
+    if len(best) < len(target.shapes):
+        got += f"; only {len(best)} of {len(target.shapes)} shapes run"
+    ok = geomean >= target.geomean and ratios[worst] >= target.floor
+    if target.strict and target.share is not None:
+        ok = ok and len(shares) == len(best) and min(shares) >= 100 * target.share
+    return Verdict(what, want, got, ok)
 
 
-def _ratio(row: Row, against: str) -> float:
-    """To the best peer whose name begins so; 0 where none of them ran."""
-    if not against:
+def _wanted(target: Speed) -> str:
+    parts = [f"geomean {target.geomean:g}x"] if target.geomean else []
+    parts += [f"floor {target.floor:g}x"] if target.floor else []
+    parts += [f"share {target.share:.0%}"] if target.strict and target.share else []
+    return ", ".join(parts)
+
+
+def _ratio(row: Row, target: Speed) -> float:
+    """To the best of the target's peers; 0 where none of them ran."""
+    if not target.against:
         return float(row["speedup"])
-    named = (row["ratios"] or {}).items()
-    return min((ratio for name, ratio in named if name.startswith(against)), default=0.0)
+    named = row["ratios" if target.of == "ms" else "eager_ratios"] or {}
+    chosen = (ratio for name, ratio in named.items() if fnmatch.fnmatch(name, target.against))
+    return min(chosen, default=0.0)
+
+
+def _time(target: Time, rows: list[Row]) -> Verdict:
+    what = f"{target.op} {target.mode} {target.dtype} {target.shape} on cuda"
+    want = f"<= {target.limit:g} ms"
+    key = (target.op, target.mode, target.dtype, target.shape, "cuda", None)
+    names = ("op", "mode", "dtype", "shape", "device", "workspace_mb")
+    found = [row for row in rows if tuple(row[name] for name in names) == key]
+    if not found:
+        return Verdict(what, want, "", None)
+    counted = [row for row in found if not _reason(row)]
+    if not counted:
+        return Verdict(what, want, _reason(found[0]), False)
+    row = min(counted, key=lambda row: row["ms"])
+    return Verdict(what, want, f"{row['ms']:.1f} ms ({row['backend']})", row["ms"] <= target.limit)
 
 
 def _reason(row: Row) -> str:
@@ -220,8 +374,9 @@ def _reason(row: Row) -> str:
 def _memory(target: Memory, rows: list[Row]) -> Verdict:
     what = f"{target.op} full {target.dtype} memory, N={MEMORY_SHAPE[0]}"
     want = f"<= {target.limit:g} MiB"
-    key = (target.op, target.dtype, *MEMORY_SHAPE, MEMORY_MB)
-    found = [r for r in rows if (r["op"], r["dtype"], r["n"], r["d"], r["workspace_mb"]) == key]
+    key = (target.op, target.dtype, *MEMORY_SHAPE, MEMORY_MB, "cpu")
+    names = ("op", "dtype", "n", "d", "workspace_mb", "device")
+    found = [row for row in rows if tuple(row[name] for name in names) == key]
     if not found:
         return Verdict(what, want, "", None)
     row = found[-1]

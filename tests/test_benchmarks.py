@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import fnmatch
 import importlib
+import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +58,8 @@ def passing(suite: ModuleType, row) -> list[dict[str, Any]]:
             roofline_pct=50.0,
         )
         for t in targets.SPEED
-        if t.floor  # without one a target looks at the rows of another
+        # without a floor a target of a CPU looks at the rows of another
+        if t.floor and t.device == "cpu"
         for shape in t.shapes
     ]
     n, d = targets.MEMORY_SHAPE
@@ -63,7 +68,24 @@ def passing(suite: ModuleType, row) -> list[dict[str, Any]]:
             workspace_mb=targets.MEMORY_MB)
         for t in targets.MEMORY
     ]  # fmt: skip
-    return rows + [row("cost", name=t.name, value=t.limit * 0.99) for t in targets.COST]
+    rows += [row("cost", name=t.name, value=t.limit * 0.99) for t in targets.COST]
+    return rows + passing_on_a_gpu(targets, row)
+
+
+def passing_on_a_gpu(targets: ModuleType, row) -> list[dict[str, Any]]:
+    names = {"sdpa*": "sdpa_cudnn", "ops_sdpa*": "ops_sdpa", "*_compile": "open_clip_compile"}
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for t in (t for t in targets.SPEED if t.device == "cuda"):
+        for shape in t.shapes:
+            default = row(op=t.op, group=t.group, mode=t.mode, dtype=t.dtype, shape=shape)
+            default |= {"device": "cuda", "backend": "cuda", "speedup": 1.3, "roofline_pct": 75.5}
+            one = found.setdefault((t.op, t.mode, shape), default)
+            ratios = {names.get(t.against, t.against): t.geomean * 1.01, "slower": 99.0}
+            kind = {"ms": "ratios", "eager_ms": "eager_ratios"}[t.of]
+            one[kind] = {**(one[kind] or {}), **ratios}
+    for limit in targets.TIME:
+        found[limit.op, limit.mode, limit.shape]["ms"] = limit.limit * 0.99
+    return list(found.values())
 
 
 def misses(suite: ModuleType, rows: list[dict[str, Any]]) -> list[str]:
@@ -98,6 +120,17 @@ def test_check_holds_where_every_target_does(suite: ModuleType, passing, capsys)
             {"ratios": {"sdpa": 1.0, "eager": 9.0}},
             "against sdpa",
         ),
+        (
+            {"group": "odd_dims"},
+            {"ratios": {"sdpa_cudnn": 1.14}},
+            "odd_dims fwd bf16 against sdpa*",
+        ),
+        ({"group": "bwd_short"}, {"ratios": {"sdpa": 1.29}}, "bwd_short bwd bf16"),
+        ({"group": "masks_gpu"}, {"ratios": {"flex": 0.1, "sdpa_mask": 3.1}}, "against flex"),
+        ({"group": "latency"}, {"eager_ratios": {"sdpa_flash": 1.0}}, "worst 1.00x"),
+        ({"group": "decode"}, {"roofline_pct": 74.0}, "share 74-76 % (target 75%)"),
+        ({"group": "rope_norm"}, {"status": "error", "reason": "no kernel"}, "no kernel"),
+        ({"op": "clip_loss", "shape": "65536x768"}, {"ms": 42.1}, "42.1 ms"),
         ({"group": "packed"}, {"ratios": {"sdpa_mask": 1.0}}, "worst 1.00x"),
         ({"group": "packed"}, {"counts": False, "backend": "reference"}, "attention packed"),
         ({"op": "siglip_loss"}, {"status": "error", "reason": "Boom: no"}, "Boom: no"),
@@ -118,9 +151,28 @@ def test_check_fails_for_one_bad_row(
     assert "MISS" in capsys.readouterr().out
 
 
+def test_rows_of_one_device_hold_no_target_of_another(suite: ModuleType, passing) -> None:
+    for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        rows = [r for r in passing if r["device"] == device and r["op"] == "attention"]
+        rows = [{**r, "device": other} for r in rows]
+        verdicts = suite.targets.check([r for r in rows if r["kind"] == "time"])
+        assert not [v for v in verdicts if v.ok is not None and "quiet" not in v.what]
+
+
+def test_the_faster_of_two_backends_counts_and_a_broken_one_is_a_miss(
+    suite: ModuleType, passing
+) -> None:
+    first = next(r for r in passing if r["group"] == "odd_dims")
+    slow = {**first, "backend": "triton", "ratios": {"sdpa_cudnn": 0.5}}
+    assert not misses(suite, [*passing, slow])
+    broken = {**slow, "status": "error", "reason": "did not compile"}
+    (missed,) = misses(suite, [*passing, broken])
+    assert "did not compile" in missed
+
+
 def test_check_takes_the_geomean_of_all_shapes(suite: ModuleType, passing) -> None:
     for r in passing:
-        if r["op"] == "siglip_loss" and r["dtype"] == "bf16" and r["kind"] == "time":
+        if (r["op"], r["dtype"], r["kind"], r["device"]) == ("siglip_loss", "bf16", "time", "cpu"):
             r["speedup"] = 1.49  # above the floor everywhere
     (missed,) = misses(suite, passing)
     assert "siglip_loss full bf16" in missed
@@ -242,8 +294,8 @@ def test_rows_are_compared_with_the_best_peer_and_the_limit(suite: ModuleType) -
     same: dict[str, Any] = {"op": "clip_loss", "mode": "full", "dtype": "fp32"}
     same |= {"n": 64, "m": 64, "d": 8, "flops": 1e9, "bytes": 1.0}
     rows = [
-        suite.record.Row("time", "vlm_kernels", True, ms=2.0, **same),
-        suite.record.Row("time", "slower", False, ms=9.0, **same),
+        suite.record.Row("time", "vlm_kernels", True, ms=2.0, eager_ms=5.0, **same),
+        suite.record.Row("time", "slower", False, ms=9.0, eager_ms=10.0, **same),
         suite.record.Row("time", "best", False, ms=3.0, **same),
         suite.record.Row("time", "failed", False, status="error", **same),
         suite.record.Row("time", "elsewhere", False, ms=1.0, **{**same, "d": 16}),
@@ -251,6 +303,7 @@ def test_rows_are_compared_with_the_best_peer_and_the_limit(suite: ModuleType) -
     limits = suite.roofline.Roofline({"fp32": 4e11}, {"fp32": "mm"}, 1e9)
     suite.run.finish(rows, limits)
     assert (rows[0].best_peer, rows[0].speedup) == ("best", 1.5)
+    assert rows[0].eager_ratios == {"slower": 2.0}
     assert rows[0].roofline_pct == pytest.approx(125)
     assert rows[0].suspicious
     assert not rows[1].suspicious
@@ -316,7 +369,7 @@ def test_a_damaged_file_is_named(suite: ModuleType, tmp_path, line, capsys) -> N
 
 @pytest.mark.parametrize(
     "argument",
-    ["--peers nobody", "--shapes 12", "--shapes 0x4", "--dtype int8", "--mode bwd", "--threads 0"],
+    ["--peers nobody", "--shapes 12", "--shapes 0x4", "--dtype int8", "--mode back", "--threads 0"],
 )
 def test_a_wrong_argument_is_refused_before_anything_runs(suite: ModuleType, argument, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -347,11 +400,13 @@ SMALL = (
     "prefix_lm:2x2x128x16",
     "image_blocks:2x2x128x16",
     "per_image:2x2x128x16",
+    "rope_norm:2x2x65x24",
+    "decode:2x4x2x77x24",
 )
 
 
 @pytest.mark.parametrize("shape", SMALL)
-@pytest.mark.parametrize(("mode", "dtype"), [("full", "fp32"), ("fwd", "bf16")])
+@pytest.mark.parametrize(("mode", "dtype"), [("full", "fp32"), ("fwd", "bf16"), ("bwd", "fp32")])
 def test_ours_and_the_peers_compute_the_same(suite: ModuleType, shape, mode, dtype) -> None:
     """The peers from the rule of a pattern, ours from its kv_range or cu_seqlens."""
     attention = suite.peers.attention
@@ -364,7 +419,9 @@ def test_ours_and_the_peers_compute_the_same(suite: ModuleType, shape, mode, dty
         if provider.name == "flex" or (case.pattern, provider.name) == ("images", "sdpa_mask"):
             continue
         errors, _ = suite.measure._error(case, provider, suite.measure.Settings())
-        grads = {"query", "key", "value"} if mode == "full" else set()
+        grads = set() if mode == "fwd" else {"query", "key", "value"}
+        if grads and case.pattern == "rope_norm":
+            grads |= {"q_weight", "k_weight"}
         assert set(errors) == {"out"} | grads
         assert max(errors.values()) < (2e-6 if dtype == "fp32" else 1e-2), (provider, errors)
 
@@ -398,6 +455,7 @@ def test_attention_has_the_shapes_of_the_targets(suite: ModuleType) -> None:
             case = attention.parse(shape, "fwd", "bf16")
             assert (case.shape, case.group) == (shape, group)
             assert attention.parse(shape, "full", "bf16").flops == 3.5 * case.flops
+            assert attention.parse(shape, "bwd", "bf16").flops == 2.5 * case.flops
     # four products of 2 H D for each pair of a query and a key it sees
     dense = attention.parse("8x12x197x64", "fwd", "fp32")
     assert dense.flops == 4 * 8 * 12 * 197 * 197 * 64
@@ -408,7 +466,7 @@ def test_attention_has_the_shapes_of_the_targets(suite: ModuleType) -> None:
     assert prefix.flops == 4 * seen
 
 
-@pytest.mark.parametrize("shape", ["3x4", "nobody:2x3x4x5", "windows:2x100x8", "images:1x2x3"])
+@pytest.mark.parametrize("shape", ["3x4", "nobody:2x3x4x5", "windows:2x100x8", "decode:1x3x2x9x8"])
 def test_a_shape_that_attention_does_not_have_is_refused(suite: ModuleType, shape, capsys) -> None:
     assert suite.__main__.main(["run", "--op", "attention", "--shapes", shape]) == 2
     printed = capsys.readouterr().err
@@ -437,6 +495,158 @@ def test_run_of_attention(suite: ModuleType, tmp_path, monkeypatch, capsys) -> N
     assert suite.__main__.main(["report", file, "--readme"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| attention dense | forward | bf16 | 2x3x37x24 |") == 1
+
+
+def parsed(suite: ModuleType, command: str) -> Any:
+    parser = argparse.ArgumentParser()
+    suite.run.add_arguments(parser)
+    return parser.parse_args(command.split())
+
+
+def test_each_target_of_the_gpu_is_a_set_of_shapes(suite: ModuleType) -> None:
+    command = "--op attention --device cuda"
+    cases = [case for case, _ in suite.run.cases(parsed(suite, command))]
+    sets = suite.targets.ATTENTION_GPU
+    assert [(c.group, c.mode, c.shape, c.dtype) for c in cases] == [
+        (name, mode, shape, "bf16") for name, (mode, shapes) in sets.items() for shape in shapes
+    ]
+    points = [(c.mode, c.shape) for c in cases]
+    assert len(points) == len(set(points))  # a row holds one target's shape
+    targets = [t for t in suite.targets.SPEED if t.device == "cuda" and t.op == "attention"]
+    assert {(t.group, t.mode, t.shapes) for t in targets} == {(n, *s) for n, s in sets.items()}
+    quick = suite.run.cases(parsed(suite, command + " --quick"))
+    assert len(quick) == 2 * len(sets)
+    both = suite.run.cases(parsed(suite, command + " --group windows,decode --mode fwd,bwd"))
+    assert len(both) == 2 * sum(len(sets[name][1]) for name in ("windows", "decode"))
+    # somebody to compare with, without a GPU, too
+    rivals = suite.peers.peers("attention")
+    for target in targets:
+        case = suite.peers.attention.parse(target.shapes[0], target.mode, "bf16")
+        names = [p.name for p in rivals if case.takes(p, "cuda")]
+        assert fnmatch.filter(names, target.against or "*"), target
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["--op attention --group dense --device cuda", "--op attention --group latency", "--mode bwd"],
+)
+def test_a_group_or_a_mode_that_is_not_there_is_refused(suite: ModuleType, command, capsys) -> None:
+    assert suite.__main__.main(["run", *command.split()]) == 2
+    assert "--group or --mode" in capsys.readouterr().err
+
+
+def test_a_backward_is_timed_alone(suite: ModuleType) -> None:
+    case = suite.peers.attention.parse(SMALL[0], "bwd", "fp32")
+    inputs, calls = case.inputs(), []
+
+    def counted(*tensors):
+        calls.append(None)
+        return torch.nn.functional.scaled_dot_product_attention(*tensors)
+
+    run = case.call(lambda inputs: counted, inputs)
+    for _ in range(3):
+        grads = run()
+    assert len(calls) == 1
+    exact = case.exact()
+    for name, grad in zip(("query", "key", "value"), grads, strict=True):
+        assert suite.measure.relative_error(grad, exact[name]) < 2e-6
+
+
+def test_a_forced_backend_computes_the_same_or_says_why_not(suite: ModuleType) -> None:
+    settings = suite.measure.Settings(repeats=1, min_time=0.0)
+    case = suite.peers.attention.parse(SMALL[0], "fwd", "fp32")
+    forced = suite.peers.choose("attention", "sdpa_math,sdpa_flash,sdpa_cudnn")
+    assert not [peer for peer in forced if case.takes(peer)]
+    assert all(case.takes(peer, "cuda") for peer in forced)
+    rows = {row.provider: row for row in suite.measure.time_case(case, forced, settings)}
+    assert rows["sdpa_math"].status == "ok"
+    if not torch.cuda.is_available():
+        assert rows["sdpa_flash"].status == "ok"
+        assert rows["sdpa_cudnn"].status == "error"
+        assert re.search("No (viable|available)", rows["sdpa_cudnn"].reason)
+    # a CPU's flash takes no values of another size than queries, and torch warns of it
+    q, v = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 16)
+    flash = next(peer for peer in forced if peer.name == "sdpa_flash")
+    with flash.around(), pytest.raises(RuntimeError, match=r"No (viable|available)") as refused:
+        suite.peers._attention_peers.explained(q, q, v)
+    assert "size" in str(refused.value), refused.value
+
+
+def test_flex_attention_of_packed_images(suite: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of the rule, not speed
+    (flex,) = suite.peers.choose("attention", "flex")
+    case = suite.peers.attention.parse("windows:1x256x16", "fwd", "fp32")
+    errors, _ = suite.measure._error(case, flex, suite.measure.Settings())
+    assert errors["out"] < 2e-6
+
+
+def test_varlen_attn_is_called_as_torch_has_it(suite: ModuleType, monkeypatch) -> None:
+    """torch's kernel runs on a GPU only: here its place takes one that wants the same arguments."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="needs torch >= 2.10")
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def stand_in(*args, **keywords):
+        bound = signature.bind(*args, **keywords).arguments
+        query, key, value, cu_q, cu_k, max_q, max_k = bound.values()
+        assert max_q == max_k == cu_q.diff().max()
+        return suite.peers.attention.reference.attention_varlen(query, key, value, cu_q, cu_k)
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    (peer,) = suite.peers.choose("attention", "varlen_attn")
+    case = suite.peers.attention.parse(SMALL[2], "fwd", "fp32")
+    errors, _ = suite.measure._error(case, peer, suite.measure.Settings())
+    assert errors["out"] < 2e-6
+
+
+def test_kernels_of_a_backend_are_chosen_around_the_call(suite: ModuleType, monkeypatch) -> None:
+    chosen = []
+
+    class Extension:
+        set_attention_kernels = staticmethod(chosen.append)
+
+    monkeypatch.setattr(suite.peers.attention._load, "_C", Extension)
+    provider = suite.peers.ours("attention", None, "cuda:long")
+    with provider.around():
+        assert chosen == ["long"]
+    assert chosen == ["long", "auto"]
+
+
+def test_peers_may_be_left_out_by_name(suite: ModuleType) -> None:
+    kept = {peer.name for peer in suite.peers.choose("attention", "-flex,-eager,-open_clip")}
+    assert kept == {peer.name for peer in suite.peers.peers("attention")} - {"flex", "eager"}
+    with pytest.raises(ValueError, match="nobody"):
+        suite.peers.choose("attention", "-flex,-nobody")
+
+
+def test_a_run_that_is_stopped_leaves_its_rows(suite: ModuleType, tmp_path, monkeypatch) -> None:
+    limits = suite.roofline.Roofline({"fp32": 1e12}, {"fp32": "mm"}, 1e11)
+    monkeypatch.setattr(suite.roofline, "measure", lambda *_: limits)
+    timed, file = suite.measure.time_case, tmp_path / "rows.jsonl"
+    command = "run --op attention --mode fwd --dtype fp32 --peers sdpa --repeats 1 --min-time 0"
+    command += f" --json {file} --append --shapes "
+
+    def stopped(case, *args):
+        if case.n == 16:
+            raise KeyboardInterrupt
+        return timed(case, *args)
+
+    monkeypatch.setattr(suite.measure, "time_case", stopped)
+    for shapes in ("1x1x8x8,1x1x16x8,1x1x32x8", "1x1x9x8,1x1x16x8"):
+        with pytest.raises(KeyboardInterrupt):
+            suite.__main__.main((command + shapes).split())
+    rows = suite.record.read(str(file))
+    assert [row["n"] for row in rows] == [8, 8, 9, 9]
+    assert all(row["roofline_pct"] for row in rows)
+
+
+def test_no_shape_is_begun_after_the_time_limit(suite: ModuleType, monkeypatch, capsys) -> None:
+    limits = suite.roofline.Roofline({"fp32": 1e12}, {"fp32": "mm"}, 1e11)
+    monkeypatch.setattr(suite.roofline, "measure", lambda *_: limits)
+    command = "run --op attention --dtype fp32 --shapes 1x1x8x8 --time-limit 0"
+    assert suite.__main__.main(command.split()) == 0
+    printed = capsys.readouterr()
+    assert "no rows" in printed.out
+    assert "no time left for attention full fp32 1x1x8x8" in printed.err
 
 
 def test_memory_of_attention_sees_the_matrices_that_eager_holds(suite: ModuleType) -> None:

@@ -10,7 +10,7 @@ from . import attention, contrastive
 __all__ = ["FALLBACKS", "MODULES", "OPS", "OURS", "Provider", "choose", "module", "named", "ours"]
 
 MODULES: dict[str, ModuleType] = {"contrastive": contrastive, "attention": attention}
-"""Each has OPS, SHAPES, AXES, GROUPS, COST, Case, cases, memory_cases, peers and ours."""
+"""Each has OPS, MODES, SHAPES, AXES, GROUPS, COST, Case, cases, memory_cases, peers and ours."""
 OPS = tuple(op for module in MODULES.values() for op in module.OPS)
 
 
@@ -25,7 +25,8 @@ def peers(op: str) -> list[Provider]:
 
 
 def choose(op: str, names: str) -> list[Provider]:
-    """Peers of an op by name: "all", "none", or names with commas between them.
+    """Peers of an op by name: "all", "none", or names with commas between them; with a minus
+    before each, all but these.
 
     ValueError for a name that no op has; a name that only another op has is left out.
     """
@@ -33,14 +34,15 @@ def choose(op: str, names: str) -> list[Provider]:
         return []
     if names == "all":
         return peers(op)
-    wanted = set(names.split(","))
+    others = all(name.startswith("-") for name in names.split(","))
+    wanted = {name.removeprefix("-") if others else name for name in names.split(",")}
     known = {peer.name for other in OPS for peer in peers(other)}
     if not wanted <= known:
         raise ValueError(
-            f"unknown peer {', '.join(sorted(wanted - known))}; known: all, none, "
+            f"unknown peer {', '.join(sorted(wanted - known))}; known: all, none, -name, "
             + ", ".join(sorted(known))
         )
-    return [peer for peer in peers(op) if peer.name in wanted]
+    return [peer for peer in peers(op) if (peer.name in wanted) != others]
 
 
 def ours(op: str, workspace_mb: int | None = None, backend: str = "auto") -> Provider:

@@ -1,46 +1,52 @@
-"""`attention` and `attention_varlen`: what is timed, and how people compute it without us.
+"""`attention` and `attention_varlen`: what is timed. How people compute it without us stands in
+`_attention_peers.py`.
 
 A provider builds a function of `Inputs` that prepares what a model prepares once (a mask) and
-returns the function of (query, key, value) that is timed.
+returns the function of `Case.tensors` (query, key, value, and weights of norms) that is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import vlm_kernels
-from vlm_kernels import _backends, reference
+from vlm_kernels import _backends, _load, reference
+from vlm_kernels.ops.attention import rope_1d
 from vlm_kernels.testing.specs import attention as spec
 
 from .. import case, targets
 from ..case import OURS, Provider
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Run = Callable[..., Tensor]
 Prepare = Callable[["Inputs"], Run]
 OPS = ("attention",)
+MODES = ("fwd", "bwd", "full")
 SHAPES = (
-    "BxHxNxD, BxHxNxMxD (N queries, M keys), windows:HxTxD, images:HxD, or prefix_lm:, "
-    "image_blocks: or per_image: before BxHxNxD"
+    "BxHxNxD, BxHxNxMxD (N queries, M keys), windows:HxTxD, images:HxD, decode:BxHxKxMxD (K key "
+    "heads), or prefix_lm:, image_blocks:, per_image: or rope_norm: before BxHxNxD"
 )
 AXES = "B x H x N (x M) x D"
-GROUPS = tuple(targets.ATTENTION)
+GROUPS = (*targets.ATTENTION, *targets.ATTENTION_GPU)
 COST = {"pattern": "", "b": 1, "h": 1, "n": 1, "m": 1, "d": 8}
 """Sizes of the case that the overhead of a call is measured on."""
 WINDOW = 64
 """Tokens of a window of Qwen2.5-VL's vision tower: 8 x 8 patches."""
 IMAGES = (64, 1024, 100, 576, 144, 324, 64, 729, 256, 196, 400, 64, 484, 144, 100, 196)
 """Tokens of the packed images: squares of 8 to 32 patches, mixed, as they come."""
-_SIZES = {"windows": 3, "images": 2, "prefix_lm": 4, "image_blocks": 4, "per_image": 4}
+MASKS = ("prefix_lm", "image_blocks", "per_image")
+PACKED = ("windows", "images")
+EPS = 1e-6
+"""Of the RMS norms of queries and keys."""
+_SIZES = {"windows": 3, "images": 2, "decode": 5, "rope_norm": 4, **dict.fromkeys(MASKS, 4)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Inputs:
     pattern: str
     lengths: tuple[int, ...]  # of packed sequences
     allowed: Tensor | None  # (B or 1, 1, N, M): the keys a query sees; None: all of its sequence
+    norms: tuple[Tensor, ...] = ()  # weights (D,) of queries and keys, where rope is too
+    rope: tuple[Tensor, Tensor] | None = None  # cos and sin, (N, D/2)
 
     @functools.cached_property
     def cu_seqlens(self) -> Tensor:  # (S + 1,)
@@ -99,7 +107,7 @@ _IMAGES_SEEN = 4
 """Images of per-image cross-attention: each quarter of the text sees the image before it."""
 
 
-def _rule(
+def rule(
     pattern: str, b: int, n: int, m: int, device: str | torch.device = "cpu"
 ) -> Callable[[Any, Any, Any, Any], Any]:
     """Whether query `q` of entry `b` sees key `k`, in the form of FlexAttention's mask_mod."""
@@ -116,13 +124,14 @@ def _rule(
 def _allowed(pattern: str, b: int, n: int, m: int) -> Tensor:
     """The rule as a dense mask, (B or 1, 1, N, M)."""
     entry, query, key = torch.arange(b), torch.arange(n), torch.arange(m)
-    seen = _rule(pattern, b, n, m)(entry[:, None, None], 0, query[:, None], key)
+    seen = rule(pattern, b, n, m)(entry[:, None, None], 0, query[:, None], key)
     return seen.expand(-1, n, m)[:, None] if seen.ndim == 3 else seen[None, None]
 
 
 @dataclass(frozen=True)
 class Case(case.Case):
-    """Dense (pattern ""), packed ("windows", "images") or with a mask (the others)."""
+    """Dense (pattern ""), packed ("windows", "images"), one query behind a cache ("decode"), with
+    norms and rotation ("rope_norm"), or with a mask (the others)."""
 
     pattern: str
     b: int
@@ -130,6 +139,8 @@ class Case(case.Case):
     n: int
     m: int
     d: int
+    kv_heads: int = 0  # 0: h
+    named: str = ""  # the set of shapes that it was taken from, where its kind does not say
 
     @property
     def shape(self) -> str:
@@ -138,6 +149,8 @@ class Case(case.Case):
             sizes = (self.h, self.n, self.d)
         elif self.pattern == "images":
             sizes = (self.h, self.d)
+        elif self.pattern == "decode":
+            sizes = (self.b, self.h, self.kv_heads, self.m, self.d)
         elif self.n == self.m:
             sizes = (self.b, self.h, self.n, self.d)
         name = f"{self.pattern}:" if self.pattern else ""
@@ -145,6 +158,10 @@ class Case(case.Case):
 
     @property
     def group(self) -> str:
+        if self.named:
+            return self.named
+        if self.pattern in ("decode", "rope_norm"):
+            return self.pattern
         if self.pattern:
             return "packed" if self.lengths else "masks"
         return "dense" if self.n == self.m else "packed"
@@ -173,7 +190,7 @@ class Case(case.Case):
         """Queries and keys that see each other, over the batch."""
         if self.lengths:
             return sum(n * n for n in self.lengths)
-        if self.pattern:
+        if self.pattern in MASKS:
             allowed = _allowed(self.pattern, self.b, self.n, self.m)
             return int(allowed.sum()) * self.b // len(allowed)
         return self.b * self.n * self.m
@@ -181,15 +198,14 @@ class Case(case.Case):
     @property
     def flops(self) -> float:
         # two products forward; five backward, the scores among them: nobody keeps those
-        return {"fwd": 4, "full": 14}[self.mode] * self._pairs * self.h * self.d
+        return {"fwd": 4, "bwd": 10, "full": 14}[self.mode] * self._pairs * self.h * self.d
 
     @property
     def bytes(self) -> float:
-        queries, keys = self.b * self.n, self.b * self.m
-        moved = 2 * queries + 2 * keys  # query, out; key, value
-        if self.mode == "full":
-            moved += 2 * queries + 2 * keys  # the gradients of all four
-        return moved * self.h * self.d * self.torch_dtype.itemsize
+        rows = 2 * self.b * (self.n * self.h + self.m * (self.kv_heads or self.h))
+        # query, out; key, value; and the gradients of all four
+        count = rows if self.mode == "fwd" else 2 * rows
+        return count * self.d * self.torch_dtype.itemsize
 
     @property
     def matrix(self) -> int:
@@ -197,35 +213,46 @@ class Case(case.Case):
 
     @property
     def returned_bytes(self) -> int:
-        rows = self.b * (self.n + 2 * self.m if self.mode == "full" else self.n)
-        return rows * self.h * self.d * self.torch_dtype.itemsize
+        rows = self.b * self.n * self.h
+        if self.mode != "fwd":
+            rows += 2 * self.b * self.m * (self.kv_heads or self.h)
+        return rows * self.d * self.torch_dtype.itemsize
 
     def refuses(self, peer: Provider) -> str:
-        if peer.name == "flex" and self.mode == "full" and not torch.cuda.is_available():
+        if peer.name == "flex" and self.mode != "fwd" and not torch.cuda.is_available():
             return "FlexAttention has no backward on a CPU"
         return ""
 
-    def takes(self, provider: Provider) -> bool:
-        return provider.ours or self.pattern in provider.patterns
+    def takes(self, provider: Provider, device: str = "cpu") -> bool:
+        more = provider.cuda_patterns if device == "cuda" else ()
+        return provider.ours or self.pattern in (*provider.patterns, *more)
 
     def inputs(self, device: str = "cpu") -> Inputs:
         sizes = (self.b, self.h, self.n, self.m, self.d, self.torch_dtype)
         layout = "bnhd" if self.lengths else "bhnd"
-        query, key, value, *_ = spec.make_inputs(*sizes, device=device, layout=layout)
+        query, key, value, *_ = spec.make_inputs(
+            *sizes, device=device, layout=layout, kv_heads=self.kv_heads or None
+        )
         generator = torch.Generator(device).manual_seed(1)
         grad = torch.randn(query.shape, generator=generator, device=device).to(self.torch_dtype)
         if self.lengths:
             query, key, value, grad = (x[0].transpose(0, 1) for x in (query, key, value, grad))
             return Inputs(query, key, value, grad.contiguous(), self.pattern, self.lengths, None)
-        seen = _allowed(self.pattern, self.b, self.n, self.m).to(device) if self.pattern else None
+        if self.pattern == "rope_norm":
+            drawn = torch.randn(2, self.d, generator=generator, device=device)
+            norms = tuple((1 + 0.2 * drawn).to(self.torch_dtype).unbind())
+            tables = rope_1d(self.n, self.d, device=device)
+            return Inputs(query, key, value, grad, self.pattern, (), None, norms, tables)
+        masked = self.pattern in MASKS
+        seen = _allowed(self.pattern, self.b, self.n, self.m).to(device) if masked else None
         return Inputs(query, key, value, grad, self.pattern, (), seen)
 
     def tensors(self, inputs: Inputs) -> list[Tensor]:
-        return [inputs.query, inputs.key, inputs.value]
+        return [inputs.query, inputs.key, inputs.value, *inputs.norms]
 
     def call(self, fn: Prepare, inputs: Inputs) -> Callable[[], object]:
         run = fn(inputs)
-        leaves = [x.detach().requires_grad_(self.mode == "full") for x in self.tensors(inputs)]
+        leaves = [x.detach().requires_grad_(self.mode != "fwd") for x in self.tensors(inputs)]
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -234,7 +261,16 @@ class Case(case.Case):
         def full() -> tuple[Tensor, ...]:
             return torch.autograd.grad(run(*leaves), leaves, inputs.grad)
 
-        return {"fwd": forward, "full": full}[self.mode]
+        outs: dict[object, Tensor] = {}
+
+        def backward() -> tuple[Tensor, ...]:
+            # a graph is captured on one stream, and a backward runs on that of its forward
+            stream = torch.cuda.current_stream() if inputs.query.is_cuda else None
+            if stream not in outs:
+                outs[stream] = run(*leaves)
+            return torch.autograd.grad(outs[stream], leaves, inputs.grad, retain_graph=True)
+
+        return {"fwd": forward, "bwd": backward, "full": full}[self.mode]
 
     def results(self, fn: Prepare, inputs: Inputs) -> dict[str, Tensor]:
         run = fn(inputs)
@@ -244,23 +280,27 @@ class Case(case.Case):
         leaves = [x.detach().requires_grad_() for x in self.tensors(inputs)]
         out = run(*leaves)
         grads = torch.autograd.grad(out, leaves, inputs.grad.to(out.dtype))
-        return {"out": out.detach(), **dict(zip(("query", "key", "value"), grads, strict=True))}
+        names = ("query", "key", "value", "q_weight", "k_weight")
+        return {"out": out.detach(), **dict(zip(names, grads))}
 
     def exact(self, device: str = "cpu") -> dict[str, Tensor]:
         inputs = self.inputs(device)
         query, key, value, grad = (
             x.double() for x in (inputs.query, inputs.key, inputs.value, inputs.grad)
         )
-        inputs = replace(inputs, query=query, key=key, value=value, grad=grad)
+        norms = tuple(x.double() for x in inputs.norms)
+        inputs = replace(inputs, query=query, key=key, value=value, grad=grad, norms=norms)
         return self.results(_definition, inputs)
 
     def small(self) -> tuple[Case, ...]:
-        return (replace(self, b=min(self.b, 2), h=2),)
+        return (replace(self, b=min(self.b, 2), h=2, kv_heads=min(self.kv_heads, 1)),)
 
     def backend(self, requested: str, device: str = "cpu") -> str:
         inputs = self.small()[0].inputs(device)
         op = "attention_varlen" if self.lengths else "attention"
-        return _backends.select(op, requested, *self.tensors(inputs))
+        name, _, kernels = requested.partition(":")
+        chosen = _backends.select(op, name, *self.tensors(inputs)[:3])
+        return requested if kernels else chosen
 
 
 # --- what is run ---
@@ -268,18 +308,37 @@ class Case(case.Case):
 
 def cases(args: argparse.Namespace, ops: Iterable[str]) -> list[tuple[Case, list[int | None]]]:
     """What to time; a workspace is nothing that attention takes."""
-    groups = args.group or GROUPS
-    shapes = [shape for group in groups for shape in targets.ATTENTION[group]]
-    if args.quick:
-        shapes = [targets.ATTENTION[group][0] for group in groups]
     if args.shapes is not None:
-        shapes = args.shapes
+        choices = [("", mode, shape) for mode in args.mode or ["full"] for shape in args.shapes]
+    else:
+        choices = _of_targets(args)
     return [
-        (parse(shape, mode, dtype), [None])
-        for mode in args.mode
+        (replace(parse(shape, mode, dtype), named=named), [None])
         for dtype in args.dtype
-        for shape in shapes
+        for named, mode, shape in choices
     ]
+
+
+def _of_targets(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Named set, mode, shape; on a GPU each set has its own mode. ValueError for another device's
+    group."""
+    on_gpu = args.device == "cuda"
+    known: Iterable[str] = targets.ATTENTION_GPU if on_gpu else targets.ATTENTION
+    groups = args.group or list(known)
+    unknown = [group for group in groups if group not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no group on {args.device}: {', '.join(known)}")
+    if on_gpu:
+        sets = ((group, *targets.ATTENTION_GPU[group]) for group in groups)
+        most = targets.QUICK_GPU if args.quick else None
+        return [
+            (group, mode, shape)
+            for group, own, shapes in sets
+            for mode in args.mode or [own]
+            for shape in shapes[:most]
+        ]
+    shapes = [x for group in groups for x in targets.ATTENTION[group][: 1 if args.quick else None]]
+    return [("", mode, shape) for mode in args.mode or ["full"] for shape in shapes]
 
 
 def memory_cases(args: argparse.Namespace, ops: Iterable[str]) -> list[tuple[Case, None]]:
@@ -287,9 +346,8 @@ def memory_cases(args: argparse.Namespace, ops: Iterable[str]) -> list[tuple[Cas
     if not (args.memory or args.memory_shape):
         return []
     shapes = args.memory_shape or targets.ATTENTION_MEMORY
-    return [
-        (parse(s, mode, dtype), None) for mode in args.mode for dtype in args.dtype for s in shapes
-    ]
+    modes = args.mode or ["full"]
+    return [(parse(s, mode, dtype), None) for mode in modes for dtype in args.dtype for s in shapes]
 
 
 def parse(shape: str, mode: str, dtype: str) -> Case:
@@ -306,8 +364,13 @@ def parse(shape: str, mode: str, dtype: str) -> Case:
     if pattern == "images":
         h, d = sizes
         return Case("attention", mode, dtype, pattern, 1, h, sum(IMAGES), sum(IMAGES), d)
-    b, h, n, *m, d = sizes
-    return Case("attention", mode, dtype, pattern, b, h, n, m[0] if m else n, d)
+    if pattern == "decode":
+        b, h, kv_heads, m, d = sizes
+        if h % kv_heads:
+            raise ValueError(f"{shape!r}: {h} heads are no multiple of {kv_heads} key heads")
+        return Case("attention", mode, dtype, pattern, b, h, 1, m, d, kv_heads)
+    b, h, n, *keys, d = sizes
+    return Case("attention", mode, dtype, pattern, b, h, n, keys[0] if keys else n, d)
 
 
 # --- who computes it ---
@@ -316,18 +379,15 @@ def parse(shape: str, mode: str, dtype: str) -> Case:
 def _definition(inputs: Inputs) -> Run:
     """The definition. It is given the dense mask and single images, never a kv_range or
     cu_seqlens, so that those are checked too."""
-    function = functools.partial(getattr(reference, OPS[0]), attn_mask=inputs.allowed)
-    return _per_image(function)(inputs) if inputs.lengths else function
+    function = functools.partial(
+        reference.attention, attn_mask=inputs.allowed, enable_gqa=inputs.pattern == "decode"
+    )
+    if inputs.lengths:
+        return per_image(function)(inputs)
+    return _with_norms(function, inputs) if inputs.norms else function
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Product, softmax, product in the dtype of the inputs, as models had it before SDPA. Queries
-    are scaled, not scores, as in CLIP: that is one pass over the scores less."""
-    scale = 1 / math.sqrt(query.shape[-1])
-    return (query * scale @ key.transpose(-2, -1)).softmax(-1) @ value
-
-
-def _per_image(one: Run) -> Prepare:
+def per_image(one: Run) -> Prepare:
     """A call an image, as transformers' Qwen2.5-VL has it without flash-attention."""
 
     def prepare(inputs: Inputs) -> Run:
@@ -341,98 +401,49 @@ def _per_image(one: Run) -> Prepare:
     return prepare
 
 
-def _batched(one: Run) -> Prepare:
-    """Sequences of one length as a batch: a view."""
+def _with_norms(function: Run, inputs: Inputs) -> Run:
+    """Norms and rotation as keywords, of tensors that come as arguments."""
 
-    def prepare(inputs: Inputs) -> Run:
-        size = (len(inputs.lengths), inputs.lengths[0])
+    def run(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        q_norm, k_norm = ((weight, None, EPS, "rms") for weight in weights)
+        return function(q, k, v, rope=inputs.rope, q_norm=q_norm, k_norm=k_norm)
 
-        def run(*tensors: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(0, size).transpose(1, 2) for x in tensors)
-            return one(q, k, v).transpose(1, 2).flatten(0, 1)
-
-        return run
-
-    return prepare
-
-
-def _masked(additive: bool) -> Prepare:
-    """SDPA with a dense mask, made beforehand, in the form that the models it is for hand over."""
-
-    def prepare(inputs: Inputs) -> Run:
-        mask = inputs.dense_mask
-        if additive:
-            mask = torch.where(mask, 0.0, -math.inf).to(inputs.query.dtype)
-        if not inputs.lengths:
-            return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask)
-
-        def packed(*tensors: Tensor) -> Tensor:
-            q, k, v = (x.transpose(0, 1)[None] for x in tensors)
-            return F.scaled_dot_product_attention(q, k, v, mask)[0].transpose(0, 1)
-
-        return packed
-
-    return prepare
-
-
-def _flex(dynamic: bool) -> Prepare:
-    """FlexAttention, compiled, with its block mask made beforehand."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=dynamic)
-
-    def prepare(inputs: Inputs) -> Run:
-        (b, _, n, _), m = inputs.query.shape, inputs.key.shape[2]
-        device = inputs.query.device
-        rule = _rule(inputs.pattern, b, n, m, device)
-        mask = create_block_mask(rule, b, None, n, m, device=device)
-        return lambda q, k, v: compiled(q, k, v, block_mask=mask)
-
-    return prepare
-
-
-_PACKED = ("windows", "images")
-_MASKS = ("prefix_lm", "image_blocks", "per_image")
-_SDPA = "F.scaled_dot_product_attention"
-_EAGER = "matmul, softmax, matmul"
+    return run
 
 
 def peers(op: str) -> list[Provider]:
     """Every peer; each says which patterns it is for."""
-    sdpa = F.scaled_dot_product_attention
-    found = [
-        Provider("sdpa", lambda _: lambda inputs: sdpa, note=_SDPA, patterns=("",), keep=True),
-        Provider("eager", lambda _: lambda inputs: eager, 4.0, _EAGER, patterns=("",)),
-    ]
-    for name, one, note in (("sdpa", sdpa, _SDPA), ("eager", eager, _EAGER)):
-        found += [
-            _prepared(f"{name}_per_image", _per_image(one), f"{note}, a call an image", _PACKED),
-            _prepared(f"{name}_batched", _batched(one), f"{note}, as a batch", ("windows",)),
-        ]
-    return [
-        *found,
-        _prepared("sdpa_mask", _masked(False), f"{_SDPA}, dense bool mask", _PACKED + _MASKS),
-        _prepared("sdpa_additive_mask", _masked(True), f"{_SDPA}, dense additive mask", _MASKS),
-        Provider("flex", _flex, note="FlexAttention, torch.compile", patterns=_MASKS),
-    ]
+    from . import _attention_peers  # which needs what stands here
 
-
-def _prepared(name: str, prepare: Prepare, note: str, patterns: tuple[str, ...]) -> Provider:
-    keep = name in ("sdpa_per_image", "sdpa_batched")
-    return Provider(name, lambda _: prepare, note=note, patterns=patterns, keep=keep)
+    return _attention_peers.peers()
 
 
 def ours(op: str, workspace_mb: int | None = None, backend: str = "auto") -> Provider:
-    """Our public functions."""
+    """Our public functions. The backend "cuda:short" or "cuda:long" is "cuda" with that kernel."""
+    name, _, kernels = backend.partition(":")
 
     def prepare(inputs: Inputs) -> Run:
-        keywords: dict[str, Any] = {"backend": backend}
+        keywords: dict[str, Any] = {"backend": name}
         if inputs.lengths:
-            name, cu = "attention_varlen", inputs.cu_seqlens
-            keywords |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
-        else:
-            name = "attention"
+            cu_seqlens = inputs.cu_seqlens
+            keywords |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            return functools.partial(vlm_kernels.attention_varlen, **keywords)
+        if inputs.pattern == "decode":
+            keywords["enable_gqa"] = True
+        elif inputs.pattern in MASKS:
             keywords["kv_range"] = inputs.kv_range
-        return functools.partial(getattr(vlm_kernels, name), **keywords)
+        function = functools.partial(vlm_kernels.attention, **keywords)
+        return _with_norms(function, inputs) if inputs.norms else function
 
-    return Provider(OURS, lambda _: prepare)
+    if not kernels:
+        return Provider(OURS, lambda _: prepare)
+    return Provider(OURS, lambda _: prepare, around=lambda: _kernels(kernels))
+
+
+@contextlib.contextmanager
+def _kernels(name: str) -> Iterator[None]:
+    _load._C.set_attention_kernels(name)
+    try:
+        yield
+    finally:
+        _load._C.set_attention_kernels("auto")

@@ -27,6 +27,7 @@ from ..case import OURS, Provider
 
 Loss = Callable[..., Tensor]
 OPS = spec.OPS
+MODES = ("fwd", "full")
 SHAPES = "NxD or NxMxD"
 AXES = "N x D"
 GROUPS = ("",)
@@ -145,7 +146,7 @@ def cases(args: argparse.Namespace, ops: Iterable[str]) -> list[tuple[Case, list
         shapes = [(n, n, d) for n, d in (targets.SHAPES[:1] if args.quick else targets.SHAPES)]
     found = []
     for op in ops:
-        for mode in args.mode:
+        for mode in args.mode or ["full"]:
             for dtype in args.dtype:
                 for n, m, d in shapes:
                     workspaces: list[int | None] = [args.workspace_mb]

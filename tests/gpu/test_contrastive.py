@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vlm_kernels
+from tests.gpu.helpers import captured, moved, no_waiting, on_a_thread_and_stream, peak_bytes, same
 from vlm_kernels import _backends, _load
 from vlm_kernels.testing.specs import contrastive as spec
 from vlm_kernels.testing.specs.contrastive import Case, Inputs, Variant
@@ -45,16 +44,9 @@ def on_device(inputs: Inputs, device: str = "cuda") -> Inputs:
 
 def evaluate(case: Case, device: str = "cuda", **keywords: Any) -> dict[str, Tensor]:
     """On the inputs that the truth was computed from: a CPU's random numbers."""
-    drawn = case.keywords()
-    moved = {k: _moved(v, device) for k, v in drawn.items()}
+    drawn = {name: moved(value, device) for name, value in case.keywords().items()}
     inputs = on_device(case.inputs(), device)
-    return spec.evaluate(function(case.op, **keywords), inputs, moved)
-
-
-def _moved(value: Any, device: str) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
-    return value.to(device) if isinstance(value, Tensor) else value
+    return spec.evaluate(function(case.op, **keywords), inputs, drawn)
 
 
 def check(case: Case, device: str = "cuda", **keywords: Any) -> None:
@@ -116,21 +108,13 @@ def test_cuda_graph(name: str, directions: str, reduction: str) -> None:
         total = sum(x.sum() for x in loss) if isinstance(loss, tuple) else loss.sum()
         return (total.detach(), *torch.autograd.grad(total, leaves))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, results = captured(run)
     other = on_device(Case(200, 200, 64, torch.bfloat16, scale=17.0).inputs(seed=1))
     with torch.no_grad():
         for leaf, value in zip(leaves, other[:3]):
             leaf.copy_(value)
     graph.replay()
-    expected = run()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+    assert same(results, run())
 
 
 @ops
@@ -139,12 +123,9 @@ def test_no_synchronisation(name: str) -> None:
     keywords = {"labels": torch.arange(300, device="cuda"), "return_metrics": True}
     leaves = [x.requires_grad_() for x in inputs[:3]]
     function(name)(*leaves, **keywords)[0].backward()  # cuBLAS sets itself up
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         loss, _ = function(name)(*leaves, **keywords)
         loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @ops
@@ -152,18 +133,8 @@ def test_side_stream_and_other_thread(name: str) -> None:
     """The kernels run on the caller's stream; backward runs on the autograd thread."""
     case = Case(300, 300, 64, torch.bfloat16, Variant(name))
     expected = evaluate(case)
-    results: dict[str, Tensor] = {}
-
-    def work() -> None:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            results.update(evaluate(case))
-        stream.synchronize()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert all(torch.equal(expected[key], results[key]) for key in expected)
+    results = on_a_thread_and_stream(lambda: tuple(evaluate(case).values()))
+    assert same(results, tuple(expected.values()))
 
 
 @ops
@@ -210,17 +181,10 @@ def test_memory(name: str, dtype: torch.dtype) -> None:
     inputs = on_device(Case(n, m, d, dtype, scale=10.0).inputs())
     leaves = [x.requires_grad_() for x in inputs[:3]]
 
-    def run() -> None:
-        loss = function(name, workspace_mb=workspace)(*leaves)
-        torch.autograd.grad(loss, leaves)
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(name, workspace_mb=workspace)(*leaves), leaves)
 
-    run()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    above = torch.cuda.max_memory_allocated() - before
+    above = peak_bytes(run)
     grads = (n + m) * d * dtype.itemsize
     # The sigmoid forms its gradients in the forward and scales them into new tensors.
     formed = (n + m) * d * (4 if dtype == torch.float16 else dtype.itemsize)

@@ -10,22 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import vlm_kernels
-from vlm_kernels import _backends
+from tests.gpu.helpers import BACKENDS, captured, function, moved, no_waiting, peak_bytes, same
 from vlm_kernels.testing.specs import contrastive as spec
 from vlm_kernels.testing.specs.contrastive import Case, Variant
 
 ops = pytest.mark.parametrize("op", spec.OPS)
-backends = pytest.mark.parametrize("backend", ["cuda", "triton"])
-
-
-def function(op: str, backend: str, **keywords: Any) -> Callable[..., Any]:
-    if backend not in _backends.ops()[op]:
-        pytest.skip(f"{op} has no {backend} kernel")
-    reason = _backends.unavailable(backend)
-    if reason is not None:
-        pytest.skip(reason)
-    return partial(getattr(vlm_kernels, op), backend=backend, **keywords)
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def leaves_of(case: Case, device: str = "cuda") -> list[Tensor]:
@@ -37,17 +27,11 @@ def check(case: Case, fn: Callable[..., Any], device: str = "cuda") -> None:
     """Draws on the CPU: the truth is computed from the same numbers there."""
 
     def on_gpu(*inputs: Tensor | None, **keywords: Any) -> Any:
-        move = partial(_moved, device=device)
+        move = partial(moved, device=device)
         loss = fn(*map(move, inputs), **{k: move(v) for k, v in keywords.items()})
         return tuple(x.cpu() for x in loss) if isinstance(loss, tuple) else loss.cpu()
 
     spec.check(case, on_gpu)
-
-
-def _moved(x: Any, device: str) -> Any:
-    if isinstance(x, tuple):
-        return tuple(_moved(each, device) for each in x)
-    return x.to(device) if isinstance(x, Tensor) else x
 
 
 @pytest.mark.parametrize("case", [c for op in spec.OPS for c in spec.cases(op)], ids=str)
@@ -106,18 +90,11 @@ def test_cuda_graph_without_synchronisation(op: str, backend: str) -> None:
         return loss, *torch.autograd.grad(loss, leaves)
 
     wanted = [x.detach().clone() for x in step()]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    graph, got = captured(step)
     graph.replay()
-    for value, exact in zip(got, wanted, strict=True):
-        assert torch.equal(value, exact)
+    assert same(got, wanted)
 
 
 @ops
@@ -130,12 +107,8 @@ def test_memory_is_bounded(op: str, backend: str) -> None:
     fn = function(op, backend, workspace_mb=workspace_mb)
     small = leaves_of(Case(256, 256, d, torch.bfloat16, Variant(op), 20.0, -2.0))
     torch.autograd.grad(fn(*small), small)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    grads = torch.autograd.grad(fn(*leaves), leaves)
-    held = torch.cuda.max_memory_allocated() - before
-    outputs = sum(g.nbytes for g in grads)
+    held = peak_bytes(lambda: torch.autograd.grad(fn(*leaves), leaves))
+    outputs = sum(leaf.nbytes for leaf in leaves)
     formed = outputs if op == "siglip_loss" else 0  # the forward's, while the backward's are made
     assert held <= outputs + formed + (workspace_mb << 20) + 4 * n * d + (32 << 20)
 

@@ -10,6 +10,16 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether this process interprets its kernels; as for `triton.jit` itself, settled at import."""
 
 
+def _steps(start, end, step):
+    """The interpreter has no range of what a kernel computed, under numpy 2.4."""
+    ends = [x.handle.data.item() if isinstance(x, tl.tensor) else int(x) for x in (start, end)]
+    return range(*ends, int(step))
+
+
+span = _steps if INTERPRET.value else tl.range
+"""tl.range(start, end, step)."""
+
+
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, summed in fp32. The interpreter would multiply the bits of bf16."""

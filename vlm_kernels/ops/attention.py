@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, reference
+from .. import _backends, config, reference
 from .._load import _C, warn_once
 from ._kv_range import (
     causal,
@@ -53,6 +53,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STYLES = ("half", "interleaved")
 _NORMS = ("rms", "layer")
 _LARGE_FALLBACK_BYTES = 2**30
+_MAX_HEAD_DIM = 256  # of the Triton kernels
 _NO_NORM = (None, None, 0.0, False)
 
 Rope = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, str]
@@ -115,7 +116,7 @@ def attention(
             rotation (Henry et al., arXiv:2010.04245).
         k_norm: the same for the keys, (D,) or (Hkv, D).
         return_lse: also return the log-sum-exp; it has a gradient.
-        backend: "auto", "cpu" or "reference"; see `vlm_kernels.explain`.
+        backend: "auto", "cpu", "triton" or "reference"; see `vlm_kernels.explain`.
 
     Returns:
         (B, H, Nq, Dv) in the dtype of the inputs. Its rows of one position lie together, as
@@ -142,8 +143,9 @@ def attention(
         )
     options = _options("attention", is_causal, window, scale, softcap, rope, q_norm, k_norm)
     args = (query, key, value, attn_mask, kv_range, None, None, *options)
-    if chosen == "reference":
+    if chosen in ("reference", "triton"):
         _check_reference("attention", *args)
+    if chosen == "reference":
         return reference.attention(
             query,
             key,
@@ -161,7 +163,7 @@ def attention(
             k_norm=k_norm,
             return_lse=return_lse,
         )
-    out, lse = _forward("attention", args)
+    out, lse = _forward("attention", chosen, args)
     return (out, lse) if return_lse else out
 
 
@@ -215,8 +217,9 @@ def attention_varlen(
             )
     options = _options("attention_varlen", is_causal, window, scale, softcap, rope, q_norm, k_norm)
     args = (query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, *options)
-    if chosen == "reference":
+    if chosen in ("reference", "triton"):
         _check_reference("attention_varlen", *args)
+    if chosen == "reference":
         return reference.attention_varlen(
             query,
             key,
@@ -232,7 +235,7 @@ def attention_varlen(
             k_norm=k_norm,
             return_lse=return_lse,
         )
-    out, lse = _forward("attention_varlen", args)
+    out, lse = _forward("attention_varlen", chosen, args)
     return (out, lse) if return_lse else out
 
 
@@ -255,8 +258,12 @@ def _options(
     return (*numbers, cos, sin, style != "half", *q_norm_args, *k_norm_args)
 
 
-def _forward(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """The registered op, gradients included: its autograd node is in C++."""
+def _forward(op: str, backend: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The registered op, gradients included: that of the extension has its autograd node in C++."""
+    if backend == "triton":
+        from .._triton import attention as _  # registers the op: Triton is imported on first use
+
+        return torch.ops.vlm_kernels_triton.attention_fwd(*args)
     if torch.compiler.is_compiling():
         return torch.ops.vlm_kernels.attention_fwd(*args)
     try:
@@ -400,7 +407,7 @@ def _warn_large(op: str, query: Tensor, key: Tensor) -> None:
 
 
 def _check_reference(op: str, *args: Any) -> None:
-    """What csrc/ops/attention.cpp checks for the kernels, for the arguments of its schema."""
+    """What csrc/ops/attention.cpp checks, for the backends that do not pass through it."""
     _check_types(op, args)
     query, key, value, mask, kv_range, cu_q, cu_k, _, left, right, scale, softcap, *rest = args
     cos, sin, _, q_weight, q_bias, q_eps, _, k_weight, k_bias, k_eps, _ = rest
@@ -504,15 +511,20 @@ def _check_seqlens(op: str, cu_q: Tensor, cu_k: Tensor, nq: int, nk: int, rope: 
                 f"{op}: {name} has shape {tuple(cu.shape)}, expected (segments + 1,), the same for "
                 "queries and keys"
             )
-        if torch.compiler.is_compiling():
+        if not _may_read(cu):
             continue
         ends = cu.tolist()
         if ends[0] != 0 or ends[-1] > rows or ends != sorted(ends):
             raise ValueError(
                 f"{op}: {name} is {ends}, expected non-decreasing offsets from 0 to at most {rows}"
             )
-    if rope and not torch.compiler.is_compiling() and bool((cu_q.diff() > cu_k.diff()).any()):
+    if rope and _may_read(cu_q) and bool((cu_q.diff() > cu_k.diff()).any()):
         raise ValueError(f"{op}: rope came, and a segment has more queries than keys")
+
+
+def _may_read(x: Tensor) -> bool:
+    """Whether to check values: not those of a device, which would wait, unless VLM_CHECK=1."""
+    return not torch.compiler.is_compiling() and (x.is_cpu or config.get("VLM_CHECK") == "1")
 
 
 def _why_not_cpu(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> str | None:
@@ -537,9 +549,24 @@ def _why_not_cuda(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any)
     return None
 
 
+def _why_not_triton(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    device = "cpu" if interpreted else "cuda"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.device.type != device:
+            when = " in the interpreter" if interpreted else ""
+            return f"{name} is on {x.device}; Triton runs on {device}{when}"
+        if x.dtype not in _DTYPES:
+            return f"{name} is {x.dtype}; the kernels take float32, bfloat16 and float16"
+        if x.dim() and x.shape[-1] > _MAX_HEAD_DIM:
+            return f"{name} has a head dim of {x.shape[-1]}; the kernels take up to {_MAX_HEAD_DIM}"
+    return None
+
+
 for _op in ("attention", "attention_varlen"):
     _backends.register(_op, "cuda", _why_not_cuda)
     _backends.register(_op, "cpu", _why_not_cpu)
+    _backends.register(_op, "triton", _why_not_triton)
     _backends.register(_op, "reference", lambda *_, **__: None)
 
 

@@ -462,6 +462,8 @@ def _needs(ctx: Any) -> int:
 def _ops(backend: str) -> Any:
     """The extension's functions, or under torch.compile the ops that it can see."""
     if backend == "triton":
+        from .._triton import contrastive as _  # registers them: Triton is imported on first use
+
         return torch.ops.vlm_kernels_triton
     return torch.ops.vlm_kernels if torch.compiler.is_compiling() else _C
 

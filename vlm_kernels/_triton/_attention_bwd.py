@@ -1,0 +1,380 @@
+"""The backward of attention in Triton: gradients from `out`, lse and the scores computed again.
+
+Two passes, each program the only writer of what it owns (Dao, FlashAttention-2, arXiv:2307.08691,
+without its atomics): over the queries for each tile of keys, over the keys for each tile of
+queries. A third forms the gradient of an additive mask, a fourth takes gradients of queries and
+keys back through rotation and normalisation. Sums have an order that shapes and the architecture
+decide. What no one needs is not computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _attention_bwd_kernels as kernels
+from . import _attention_intervals as intervals
+from . import _tiles
+from ._attention_call import Call, Norm, Rope, rows_contiguous
+from ._attention_kernels import HALVES, INTERLEAVED, LAYER, NO_NORM, NO_ROPE, RMS
+from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
+from .contrastive import _precision
+
+QUERY, KEY, VALUE, MASK, Q_WEIGHT, Q_BIAS, K_WEIGHT, K_BIAS = (1 << i for i in range(8))
+"""Bits of `needs`, as csrc/ops/attention.h has them, in the order of the gradients."""
+
+ALIGNED = 8
+DELTA_ROWS = 64
+PREPARE_ROWS, PREPARE_TILES = 16, 16
+_PROGRAMS = 264  # two for each multiprocessor of an H200
+_LEAST = 4  # tiles that a split is worth
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile, and how Triton builds the kernel."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    dkdv: Tile
+    dq: Tile
+    dmask: Tile
+
+
+# By architecture, bytes of an element and the larger head dim, up to. Chosen by what the compiler
+# says of them (make kernels); no GPU has timed them yet.
+_SMALL = Tile(32, 32, 4, 1)
+_TABLE = {
+    (_tiles.INTERPRETER, 2, 256): Tiles(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), _SMALL),
+}
+
+
+def tiles(arch: int, itemsize: int, dim: int) -> Tiles:
+    """Those of heads of at most `dim` features."""
+    if arch == _tiles.INTERPRETER:
+        return _TABLE[arch, 2, 256]
+    return _TABLE[
+        arch, itemsize, min(d for a, i, d in _TABLE if (a, i) == (arch, itemsize) and d >= dim)
+    ]
+
+
+def backward(
+    call: Call, grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: int
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, attn_mask, and weight and bias of q_norm and k_norm.
+
+    Args:
+        grad, out: (B, H, Nq, Dv), packed (Tq, H, Dv); grad_lse, lse: (B, H, Nq), packed (H, Tq).
+        needs: bits of those that are wanted.
+
+    Returns:
+        Eight tensors in the shapes and dtypes of the arguments, (0,) where not wanted.
+    """
+    return _Backward(call, grad, grad_lse, out, lse, needs).gradients()
+
+
+class _Backward:
+    def __init__(
+        self,
+        call: Call,
+        grad: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        needs: int,
+    ) -> None:
+        self.call, self.needs = call, needs
+        self.grad, self.out = (call.heads(rows_contiguous(x)) for x in (grad, out))
+        self.lse = lse.contiguous()
+        self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        self.tiles = tiles(
+            _tiles.architecture(call.device), call.dtype.itemsize, max(call.d, call.dv)
+        )
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        call, needs = self.call, self.needs
+        query, key, value = (
+            self._like(x) if needs & bit else x.new_empty(0)
+            for x, bit in ((call.query, QUERY), (call.key, KEY), (call.value, VALUE))
+        )
+        of_q = self._rows(call.query, query, call.q_norm, QUERY, Q_WEIGHT, Q_BIAS)
+        of_k = self._rows(call.key, key, call.k_norm, KEY, K_WEIGHT, K_BIAS)
+        of_v = call.heads(value) if needs & VALUE else None
+        if call.empty:
+            for x in (of_q, of_k, of_v):
+                if x is not None:
+                    x.zero_()
+        else:
+            self.delta = self._delta()
+            if of_k is not None or of_v is not None:
+                self._dkdv(of_k, of_v)
+            if of_q is not None:
+                self._dq(of_q)
+        mask = self._dmask()
+        rope = call.rope
+        q_norm = self._before(call.query, of_q, query, call.q_norm, rope, Q_WEIGHT, Q_BIAS)
+        if rope is not None:  # a key's row is its own
+            rope = rope._replace(first=0, places=None)
+        k_norm = self._before(call.key, of_k, key, call.k_norm, rope, K_WEIGHT, K_BIAS)
+        return query, key, value, mask, *q_norm, *k_norm
+
+    def _like(self, x: Tensor) -> Tensor:
+        """A gradient of query, key or value, as it leaves."""
+        came = x[0].transpose(0, 1) if self.call.packed else x
+        return self.call.like(came, x.shape[-1])
+
+    def _rows(
+        self, x: Tensor, result: Tensor, norm: Norm | None, bit: int, weight: int, bias: int
+    ) -> Tensor | None:
+        """Where the gradient of what is multiplied goes, (B, H, N, D): fp32 if it goes on."""
+        wanted = bit if norm is None else bit | weight | (bias if norm.bias is not None else 0)
+        if not self.needs & wanted:
+            return None
+        if norm is None and self.call.rope is None:
+            return self.call.heads(result)
+        return x.new_empty(x.shape, dtype=torch.float32)
+
+    # --- launches ---
+
+    def _delta(self) -> Tensor:
+        call = self.call
+        delta = torch.empty_like(self.lse)
+        grid = (triton.cdiv(call.nq, DELTA_ROWS) * call.b * call.h,)
+        kernels.delta_kernel[grid](
+            self.out,
+            self.grad,
+            self.lse,
+            self.lse if self.grad_lse is None else self.grad_lse,
+            delta,
+            *self.out.stride()[:3],
+            *self.grad.stride()[:3],
+            call.h,
+            call.nq,
+            HAS_LSE=self.grad_lse is not None,
+            D=call.dv,
+            WIDTH=triton.next_power_of_2(call.dv),
+            ALIGN=_align(self.out, self.grad),
+            BM=DELTA_ROWS,
+        )
+        return delta
+
+    def _operands(self, bounds: Tensor | None) -> tuple[Any, ...]:
+        """Tensors that each kernel of tiles reads; what there is not is never looked at."""
+        call = self.call
+        mask = call.q if call.mask is None else call.mask
+        rows = call.q if call.rows is None else call.rows
+        bounds = call.q if bounds is None else bounds
+        if mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
+        return (call.q, call.k, call.value, self.grad, self.lse, self.delta, mask, rows, bounds)
+
+    def _strides(self, bounds: Tensor | None) -> tuple[int, ...]:
+        call = self.call
+        strides = [n for x in (call.q, call.k, call.value, self.grad) for n in x.stride()[:3]]
+        strides += (0, 0, 0, 0) if call.mask is None else call.mask.stride()
+        for x in (call.rows, bounds):  # of a batch entry and a head
+            strides += (0, 0) if x is None else (_stride(x, 0), _stride(x, 1))
+        return tuple(strides)
+
+    def _options(self, tile: Tile, *outs: Tensor) -> dict[str, Any]:
+        call = self.call
+        mask = NO_MASK
+        if call.mask is not None:
+            mask = BOOL_MASK if call.mask.dtype == torch.bool else ADDITIVE_MASK
+        return {
+            "HAS_ROWS": call.rows is not None,
+            "MASK": mask,
+            "SOFTCAP": call.softcap != 0,
+            "D": call.d,
+            **dict(zip(("D0", "D1", "D2"), call.pieces)),
+            "DV": call.dv,
+            **dict(zip(("V0", "V1", "V2"), call.value_pieces)),
+            "ALIGN": _align(call.q, call.k, call.value, self.grad, *outs),
+            "PRECISION": _precision(),
+            "BM": tile.queries,
+            "BN": tile.keys,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+    def _query_bounds(self, tile: Tile) -> Tensor | None:
+        rows = self.call.rows
+        return None if rows is None else intervals.query_bounds(rows, tile.queries)
+
+    def _dkdv(self, of_key: Tensor | None, of_value: Tensor | None) -> None:
+        call, tile = self.call, self.tiles.dkdv
+        bounds = self._query_bounds(tile)
+        if bounds is not None:
+            bounds = intervals.key_bounds(bounds, call.nk, tile.keys)
+        outs = [call.q if x is None else x for x in (of_key, of_value)]
+        grid = (triton.cdiv(call.nk, tile.keys) * call.b * call.kv_heads,)
+        kernels.dkdv_kernel[grid](
+            *self._operands(bounds),
+            *outs,
+            *self._strides(bounds),
+            *outs[0].stride()[:3],
+            *outs[1].stride()[:3],
+            call.kv_heads,
+            call.group,
+            call.nq,
+            call.nk,
+            call.scale,
+            call.softcap,
+            NEED_KEY=of_key is not None,
+            NEED_VALUE=of_value is not None,
+            **self._options(tile, *outs),
+        )
+
+    def _dq(self, of_query: Tensor) -> None:
+        call, tile = self.call, self.tiles.dq
+        bounds = self._query_bounds(tile)
+        programs = triton.cdiv(call.nq, tile.queries) * call.b * call.h
+        splits = _splits(programs, triton.cdiv(call.nk, tile.keys))
+        parts = of_query[None]
+        if splits > 1:
+            parts = of_query.new_empty((splits, *of_query.shape), dtype=torch.float32)
+        kernels.dq_kernel[programs, splits](
+            *self._operands(bounds),
+            parts,
+            *self._strides(bounds),
+            *parts.stride()[:4],
+            call.h,
+            call.group,
+            call.nq,
+            call.nk,
+            call.scale,
+            call.softcap,
+            **self._options(tile, parts),
+        )
+        if splits > 1:
+            of_query.copy_(parts.sum(0))
+
+    def _dmask(self) -> Tensor:
+        call, tile, mask = self.call, self.tiles.dmask, self.call.attn_mask
+        if mask is None or mask.dtype == torch.bool or not self.needs & MASK:
+            return call.query.new_empty(0)
+        if call.empty:
+            return torch.zeros_like(mask, memory_format=torch.contiguous_format)
+        bounds = self._query_bounds(tile)
+        batches, heads, rows, columns = (1,) * (4 - mask.dim()) + mask.shape
+        row_tiles = triton.cdiv(call.nq, tile.queries)
+        own = batches * heads * (row_tiles if rows == call.nq else 1)
+        programs = triton.cdiv(call.nk, tile.keys) * own
+        splits = _splits(programs, call.b * call.h * row_tiles // own)
+        sums = mask.new_empty((splits, batches, heads, rows, call.nk), dtype=torch.float32)
+        kernels.dmask_kernel[programs, splits](
+            *self._operands(bounds),
+            sums,
+            *self._strides(bounds),
+            batches,
+            heads,
+            call.b,
+            call.h,
+            call.group,
+            call.nq,
+            call.nk,
+            call.scale,
+            call.softcap,
+            BY_ROW=rows == call.nq,
+            **self._options(tile),
+        )
+        if columns != call.nk:
+            sums = sums.sum(-1)
+        return (sums[0] if splits == 1 else sums.sum(0)).reshape(mask.shape).to(mask.dtype)
+
+    def _before(
+        self,
+        x: Tensor,
+        of_rows: Tensor | None,
+        result: Tensor,
+        norm: Norm | None,
+        rope: Rope | None,
+        weight_bit: int,
+        bias_bit: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Fills `result`, of x before normalisation and rotation; gradients of weight and bias."""
+        call, (b, h, n, d) = self.call, x.shape
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        need_weight = weight is not None and bool(self.needs & weight_bit)
+        need_bias = bias is not None and bool(self.needs & bias_bit)
+        chunks = triton.cdiv(n, PREPARE_ROWS * PREPARE_TILES)
+        shape = (chunks, b, h, d)
+        weights, biases = (
+            x.new_zeros(shape if need else 0, dtype=torch.float32)
+            for need in (need_weight, need_bias)
+        )
+        changed = norm is not None or rope is not None
+        if of_rows is not None and changed and not call.empty:
+            kind = NO_NORM
+            if norm is not None:
+                kind = LAYER if norm.layer else RMS
+            turn = NO_ROPE
+            if rope is not None:
+                turn = INTERLEAVED if rope.interleaved else HALVES
+            places = None if rope is None else rope.places
+            need_x = result.dim() > 1
+            out = call.heads(result) if need_x else x
+            kernels.prepare_bwd_kernel[(chunks * b * h,)](
+                of_rows,
+                x,
+                x if weight is None else weight,
+                x if rope is None else rope.cos,
+                x if rope is None else rope.sin,
+                x if places is None else places,
+                out,
+                weights,
+                biases,
+                *x.stride()[:3],
+                d if weight is not None and weight.dim() == 2 else 0,
+                0 if rope is None else rope.batch_stride,
+                *out.stride()[:3],
+                h,
+                n,
+                0 if rope is None else rope.first,
+                0 if rope is None else rope.half,
+                0.0 if norm is None else norm.eps,
+                NORM=kind,
+                ROPE=turn,
+                PLACES=places is not None,
+                NEED_X=need_x,
+                NEED_WEIGHT=need_weight,
+                NEED_BIAS=need_bias,
+                D=d,
+                WIDTH=triton.next_power_of_2(d),
+                ALIGN=_align(x, out),
+                BM=PREPARE_ROWS,
+                TILES=PREPARE_TILES,
+            )
+        elif changed and result.dim() > 1:
+            result.zero_()
+        return _summed(weights, weight, need_weight), _summed(biases, bias, need_bias)
+
+
+def _summed(parts: Tensor, parameter: Tensor | None, needed: bool) -> Tensor:
+    """Sums (chunks, B, H, D), in the shape and dtype of the parameter."""
+    if parameter is None or not needed:
+        return parts
+    over = (0, 1) if parameter.dim() == 2 else (0, 1, 2)
+    return parts.sum(over, dtype=torch.float64).to(parameter.dtype)
+
+
+def _stride(x: Tensor, dim: int) -> int:
+    return 0 if x.shape[dim] == 1 else x.stride(dim)
+
+
+def _splits(programs: int, steps: int) -> int:
+    """Programs that share the `steps` of one, where there are too few to fill the device."""
+    return max(1, min(_PROGRAMS // programs, steps // _LEAST))
+
+
+def _align(*tensors: Tensor) -> int:
+    """Features that all rows begin at multiples of: with 8 they are loaded 16 bytes at a time."""
+    strides = (n for x in tensors for n in x.stride()[:-1])
+    return ALIGNED if all(n % ALIGNED == 0 for n in strides) else 1
