@@ -22,6 +22,7 @@ static_assert(kTile == 16 * kWarps && kTile % kStep == 0);
 struct LongBwd {
   Problem p;
   BackwardArgs a;
+  Logit logit;
   float2* rows;    // (batch, heads, queries): see rows_kernel
   float* spread;   // likewise; null without an additive mask
   int2* bounds;    // (range batches, range heads, row_tiles); null without ranges
@@ -137,10 +138,11 @@ template <int D>
 struct Traits {
   static constexpr int kLd = shared_ld(D);
   static constexpr int kTileElements = kTile * kLd;
-  // The keys and values that a CTA owns are in registers where these suffice, and come by way of a
-  // stage that is not used yet.
-  static constexpr bool kHeldKeys = D <= 80;
-  static constexpr int kTiles = kHeldKeys ? 4 : 6;
+  static constexpr int kResident = D <= 64 ? 3 : 2;  // CTAs a multiprocessor: registers
+  // Whether the keys and values that a CTA owns are in registers too, where these suffice. They
+  // come by way of a stage that is not used yet; else they have a tile of shared memory each.
+  static constexpr bool kHeldKeys = D <= 80, kHeldValues = kHeldKeys && D != 64;
+  static constexpr int kTiles = 4 + !kHeldKeys + !kHeldValues;
   static constexpr size_t kRowBytes = 2 * kTile * (sizeof(float2) + sizeof(int2));
   static constexpr size_t kTileBytes = size_t{kTiles} * kTileElements * 2;
   static constexpr size_t shared_bytes(bool masked) {
@@ -156,6 +158,10 @@ struct Shared {
     return dynamic_shared<T>() + 2 * stage * S::kTileElements;
   }
   __device__ __forceinline__ T* second(int stage) const { return first(stage) + S::kTileElements; }
+  __device__ __forceinline__ T* keys() const { return first(S::kHeldKeys ? 1 : 2); }
+  __device__ __forceinline__ T* values() const {
+    return S::kHeldValues ? second(1) : first(2) + !S::kHeldKeys * S::kTileElements;
+  }
   __device__ __forceinline__ float2* rows(int stage) const {
     return reinterpret_cast<float2*>(dynamic_shared<char>() + S::kTileBytes) + stage * kTile;
   }
@@ -446,7 +452,6 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
     return w;
   };
   const Shared<T, D> shared;
-  Interval seen{0, 0};  // by the query of this thread's number in the next tile
   const auto copy = [&](Walk w, int stage) {
     const int head = kv_head * p.group + w.head, rows = end - w.first;
     copy_tile<D>(shared.first(stage), head_rows<T>(p.query, batch, head, w.first),
@@ -454,10 +459,15 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
     copy_tile<D>(shared.second(stage), head_rows<T>(x.a.grad, batch, head, w.first),
                  x.a.grad.row_stride, rows, p.value_dim);
     if (threadIdx.x < kTile) {  // zeros for rows that are none: they have P = 1, but no gradient
-      const int i = min(static_cast<int>(threadIdx.x), rows - 1);
-      ptx::cp_async_8(shared.rows(stage) + threadIdx.x, x.rows + x.row(batch, head, w.first + i),
-                      i == static_cast<int>(threadIdx.x) ? 8 : 0);
-      seen = seen_keys(p, batch, head, w.first + i, keys.first, keys_end, keys.shift);
+      const bool inside = static_cast<int>(threadIdx.x) < rows;
+      const int query = w.first + (inside ? static_cast<int>(threadIdx.x) : 0);
+      ptx::cp_async_8(shared.rows(stage) + threadIdx.x, x.rows + x.row(batch, head, query),
+                      inside ? 8 : 0);
+      if (p.range) {
+        const int32_t* const range = p.range + batch * p.range_batch_stride +
+                                     head * p.range_head_stride + 2 * int64_t{query};
+        ptx::cp_async_8(shared.seen(stage) + threadIdx.x, range);
+      }
     }
     ptx::cp_async_commit();
   };
@@ -465,24 +475,31 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
   const bool want_key = x.a.grad_key.data != nullptr, want_value = x.a.grad_value.data != nullptr;
   const bool has_mask = p.mask.kind != AttentionMask::none;
   const bool additive = p.mask.kind == AttentionMask::additive;
-  const Logit logit(p);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int own = 16 * warp + lane / 4;  // and own + 8
   float key_grad[D / 8][4] = {}, value_grad[D / 8][4] = {};
-  OwnRows<T, D, S::kHeldKeys> key, value;
-  Walk w{0, begin - kTile};
-  int rows = 0;  // of the tile that is on its way
+  OwnRows<T, D, S::kHeldKeys> key;
+  OwnRows<T, D, S::kHeldValues> value;
+  Walk w{0, begin - kTile};  // a round ahead, in which what the CTA owns is loaded
 #pragma unroll 1
   for (int stage = 1;; stage ^= 1) {
-    const int landed = rows;
+    const int rows = w.first < begin ? 0 : min(kTile, end - w.first);  // that have been copied
     bool whole = false;
-    if (landed > 0) {
+    if (rows > 0) {
       ptx::cp_async_wait<0>();
       whole = true;
       if (threadIdx.x < kTile) {  // what it copied itself needs no barrier
-        if (shared.rows(stage)[threadIdx.x].x == -kInfinity) seen = {0, 0};
-        whole = seen.end - seen.begin == keys.count;
-        shared.seen(stage)[threadIdx.x] = make_int2(seen.begin, seen.end);
+        const int place = w.first + static_cast<int>(threadIdx.x) + keys.shift;
+        int2& seen = shared.seen(stage)[threadIdx.x];
+        int first = max(keys.first, place - p.window_left);
+        int last = min(keys_end, place + p.window_right + 1);
+        if (p.range) {
+          first = max(first, seen.x);
+          last = min(last, seen.y);
+        }
+        if (shared.rows(stage)[threadIdx.x].x == -kInfinity) last = first;
+        whole = static_cast<int>(threadIdx.x) >= rows || last - first == keys.count;
+        seen = make_int2(first, last);
       }
       if (has_mask) {
         __syncthreads();  // nobody reads the last tile's
@@ -492,25 +509,23 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
       whole = __syncthreads_and(whole);  // and nobody reads the other stage
     }
     w = from({w.head, w.first + kTile});
-    rows = w.head < p.group ? min(kTile, end - w.first) : 0;
-    if (rows > 0) copy(w, stage ^ 1);
-    if (landed == 0) {
-      if (rows == 0) break;
-      constexpr int kOwn = S::kHeldKeys ? 1 : 2;  // a stage
-      copy_tile<D>(shared.first(kOwn), head_rows<T>(p.key, batch, kv_head, keys.first),
-                   p.key.row_stride, keys.count, p.head_dim);
-      copy_tile<D>(shared.second(kOwn), head_rows<T>(p.value, batch, kv_head, keys.first),
+    if (w.head < p.group) copy(w, stage ^ 1);
+    if (rows == 0) {
+      if (w.head == p.group) break;
+      copy_tile<D>(shared.keys(), head_rows<T>(p.key, batch, kv_head, keys.first), p.key.row_stride,
+                   keys.count, p.head_dim);
+      copy_tile<D>(shared.values(), head_rows<T>(p.value, batch, kv_head, keys.first),
                    p.value.row_stride, keys.count, p.value_dim);
       ptx::cp_async_commit();
       if constexpr (S::kHeldKeys) {
         ptx::cp_async_wait<0>();
         __syncthreads();
       }
-      key.take(shared.first(kOwn));
-      value.take(shared.second(kOwn));
+      key.take(shared.keys());
+      value.take(shared.values());
       continue;
     }
-    const int steps = 16 * warp < keys.count ? landed : 0;
+    const int steps = 16 * warp < keys.count ? rows : 0;
 #pragma unroll 1
     for (int step = 0; step < steps; step += kStep) {
       const T* const query = shared.first(stage) + step * S::kLd;
@@ -529,16 +544,16 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
         const int2 x = shared.seen(stage)[other + 8 * n + e % 2];
         return Interval{x.x, x.y}.has(keys.first + own + e / 2 * 8);
       };
-      gradients<false>(s, dp, logit, entries, rows_of, sees);
+      gradients<false>(s, dp, x.logit, entries, rows_of, sees);
       if (want_value) accumulate<D>(value_grad, s, grad);
       if (want_key) accumulate<D>(key_grad, dp, query);
     }
-    if (rows == 0) break;
+    if (w.head == p.group) break;
   }
   __syncthreads();
   T* const staging = shared.first(0) + 16 * warp * S::kLd;
   const int first = keys.first + 16 * warp;
-  rows = keys.count - 16 * warp;
+  const int rows = keys.count - 16 * warp;
   if (rows <= 0) return;
   if (want_key) {
     store_rows<D>(staging, key_grad, p.scale, head_rows<T>(x.a.grad_key, batch, kv_head, first),
@@ -589,7 +604,6 @@ __device__ __forceinline__ void own_queries(const LongBwd& x, int block) {
   };
   const bool has_mask = p.mask.kind != AttentionMask::none;
   const bool additive = p.mask.kind == AttentionMask::additive;
-  const Logit logit(p);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int own = 16 * warp + lane / 4;  // and own + 8
   float2 row[2] = {make_float2(kInfinity, 0.f), make_float2(kInfinity, 0.f)};
@@ -651,7 +665,7 @@ __device__ __forceinline__ void own_queries(const LongBwd& x, int block) {
         const int key = first + other + 8 * n + e % 2;
         return key < end && by_row[e / 2].has(key);
       };
-      gradients<true>(s, dp, logit, entries, rows_of, sees);
+      gradients<true>(s, dp, x.logit, entries, rows_of, sees);
       accumulate<D>(sum, dp, key);
     }
   }
@@ -681,7 +695,7 @@ __device__ __forceinline__ void own_queries(const LongBwd& x, int block) {
 // Instances: 6 head dims x 2 dtypes.
 // limits: registers 255, shared 0, spills 0
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, 2) grads_kernel(LongBwd x) {
+__global__ void __launch_bounds__(kThreads, Traits<D>::kResident) grads_kernel(LongBwd x) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < x.key_blocks) {
     own_keys<T, D>(x, block);
@@ -794,13 +808,13 @@ const char* run(LongBwd& x, cudaStream_t stream) {
 }  // namespace
 
 int64_t long_bwd_scratch_bytes(const Problem& p, const BackwardArgs& args) {
-  LongBwd x{p, args};
+  LongBwd x{p, args, Logit(p)};
   return place(x, nullptr);
 }
 
 const char* long_bwd(const Problem& p, DType dtype, const BackwardArgs& args, void* scratch,
                      cudaStream_t stream) {
-  LongBwd x{p, args};
+  LongBwd x{p, args, Logit(p)};
   place(x, static_cast<char*>(scratch));
   return dtype == DType::bf16 ? run<__nv_bfloat16>(x, stream) : run<__half>(x, stream);
 }
