@@ -3,7 +3,6 @@
 // tile of queries over its keys. No sum has more than one owner, so that there are no atomics and
 // the order is always the same.
 #include <algorithm>
-#include <cfloat>
 #include <climits>
 #include <type_traits>
 
@@ -44,8 +43,8 @@ struct LongBwd {
 // ---------------------------------------------------------------------------------------------
 // What of a query's row all its keys need.
 
-// log2 of how many keys share the softmax of a query whose every key has a mask so low, such as the
-// lowest float, that nothing else shows in its log-sum-exp; and the mask of these keys.
+// Of a query whose every key has a mask so low, such as the lowest float, that nothing else shows
+// in its log-sum-exp: the largest mask, and log2 of how many keys have it and share the softmax.
 struct Drowned {
   float lse, spread;
 };
@@ -90,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(LongBwd x) {
       for (int c = 8 * lane; c < p.value_dim; c += 64) {
         const uint4 a = *reinterpret_cast<const uint4*>(grad + c);
         const uint4 b = *reinterpret_cast<const uint4*>(out + c);
-        const T *const u = reinterpret_cast<const T*>(&a), *const v =
-                                                               reinterpret_cast<const T*>(&b);
+        const T* const u = reinterpret_cast<const T*>(&a);
+        const T* const v = reinterpret_cast<const T*>(&b);
 #pragma unroll
         for (int i = 0; i < 8; ++i) dot += static_cast<float>(u[i]) * static_cast<float>(v[i]);
       }
@@ -552,8 +551,7 @@ __device__ __forceinline__ void own_keys(const LongBwd& x, int block) {
   }
   __syncthreads();
   T* const staging = shared.first(0) + 16 * warp * S::kLd;
-  const int first = keys.first + 16 * warp;
-  const int rows = keys.count - 16 * warp;
+  const int first = keys.first + 16 * warp, rows = keys.count - 16 * warp;
   if (rows <= 0) return;
   if (want_key) {
     store_rows<D>(staging, key_grad, p.scale, head_rows<T>(x.a.grad_key, batch, kv_head, first),
@@ -789,7 +787,6 @@ const char* run(LongBwd& x, cudaStream_t stream) {
   const bool keys = x.a.grad_key.data || x.a.grad_value.data, queries = x.a.grad_query.data;
   const int64_t key_blocks = keys ? heads / p.group * p.key_tile_count : 0;
   const int64_t blocks = key_blocks + (queries ? heads * p.query_tile_count * x.splits : 0);
-  if (blocks > INT_MAX) return "attention: too many rows for one launch";
   x.key_blocks = static_cast<int>(key_blocks);
   const int d = std::max(p.head_dim, p.value_dim);
   const auto kernel = d <= 32    ? grads<T, 32>

@@ -103,6 +103,22 @@ def test_sizes_of_logits(logit: float) -> None:
     check(Case(1, 1, 70, 70, 16, BF16, Variant("window", scale=-3.0), logit=logit))
 
 
+@pytest.mark.parametrize("nq, nk", [(33, 70), (70, 33)], ids=str)
+def test_logits_far_below_those_of_padding(nq: int, nk: int) -> None:
+    """Beside them the logit 0 of rows that are none would have a probability of infinity."""
+    q, k, v, *_ = spec.make_inputs(1, 1, nq, nk, 16, BF16)
+    q.mul_(0.1).add_(4), k.mul_(0.1).sub_(4)  # logits of -256, natural ones
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = vlm_kernels.attention(*leaves, scale=1.0, backend=backend)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(-1))
+
+    exact = gradients(torch.float64, "reference")
+    for ours, wanted in zip(gradients(BF16, "cpu"), exact, strict=True):
+        assert relative_error(ours, wanted) < 2**-6
+
+
 def test_the_lowest_number_as_mask() -> None:
     """Where it is all that a query sees, its probabilities are equal, here as in the forward."""
     q, k, v, *_ = spec.make_inputs(1, 1, 5, 70, 16, BF16)
