@@ -116,7 +116,9 @@ within 110
 if wanted attention; then
   tests tests-attention tests/gpu/test_attention.py tests/gpu/test_attention_backends.py \
     -k 'not triton'
-  tests tests-attention-triton tests/gpu/test_attention_backends.py -k triton
+  tests tests-attention-triton tests/gpu/test_attention_backends.py -k 'triton and test_accuracy'
+  tests tests-attention-triton-calls tests/gpu/test_attention_backends.py \
+    -k 'triton and not test_accuracy'
 fi
 if wanted contrastive; then
   tests tests-contrastive tests/gpu/test_contrastive.py tests/gpu/test_contrastive_backends.py
@@ -155,6 +157,6 @@ if [[ $OP == attention ]] && [[ $BACKENDS == cuda* || -n $DRY ]]; then
 fi
 
 if [[ -n $DRY ]]; then exit 0; fi
-timeout 20 python3 -m benchmarks report "$OUT/rows.jsonl" | tee "$OUT/table.txt"
+timeout 20 python3 -m benchmarks report "$OUT/rows.jsonl" --check | tee "$OUT/table.txt"
 cat "$OUT/steps.jsonl"
 exit "$FAILED"

@@ -120,11 +120,14 @@ def _section(
 
 
 def headlines(rows: Iterable[Row]) -> list[str]:
-    """Per panel and workspace: the ratio to the best peer, and how many rows lose."""
+    """Per panel, workspace and backend of a GPU: the ratio to the best peer, how many rows lose."""
     groups: dict[tuple[str, int | None], list[float]] = {}
     for row in rows:
         if row["kind"] == "time" and row["counts"] and row["speedup"] is not None:
-            key = " ".join(filter(None, _panel(row))), row["workspace_mb"]
+            what = " ".join(filter(None, _panel(row)))
+            if row["device"] != "cpu":
+                what += f" by {row['backend']}"  # a GPU has several, timed in one run
+            key = what, row["workspace_mb"]
             groups.setdefault(key, []).append(row["speedup"])
     lines = []
     for (what, workspace), ratios in groups.items():

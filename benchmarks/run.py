@@ -135,7 +135,7 @@ def _say(text: str) -> None:
 
 def _repro(row: Row, case: Case, args: argparse.Namespace) -> str:
     parts = [f"python -m benchmarks run --op {row.op} --mode {row.mode} --dtype {row.dtype}"]
-    parts.append(f"--peers {args.peers} --threads {args.threads}")
+    parts.append(f"--peers={args.peers} --threads {args.threads}")
     if args.device != "cpu":
         parts.append(f"--device {args.device}")
     if args.backend != "auto":

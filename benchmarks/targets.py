@@ -263,16 +263,21 @@ class Verdict:
 
 
 def check(rows: Iterable[Row]) -> list[Verdict]:
-    """Every target against the rows of a run, and whether the machine was quiet enough to tell.
+    """Every target of the devices of a run against its rows, and whether the machine was quiet
+    enough to tell.
 
     A row of ours that failed, that had no peer to compare with, or that a fallback ran is a miss of
     its target; `got` says how many shapes were not run.
     """
     rows = [row for row in rows if row["ours"]]
-    verdicts = [_speed(t, [r for r in rows if r["kind"] == "time"]) for t in SPEED]
-    verdicts += [_time(t, [r for r in rows if r["kind"] == "time"]) for t in TIME]
-    verdicts.append(_quiet([r for r in rows if r["kind"] == "time"]))
-    verdicts += [_memory(t, [r for r in rows if r["kind"] == "memory"]) for t in MEMORY]
+    timed = [row for row in rows if row["kind"] == "time"]
+    devices = {row["device"] for row in timed} or {"cpu"}
+    verdicts = [_speed(target, timed) for target in SPEED if target.device in devices]
+    if "cuda" in devices:
+        verdicts += [_time(target, timed) for target in TIME]
+    verdicts.append(_quiet(timed))
+    if "cpu" in devices:
+        verdicts += [_memory(t, [r for r in rows if r["kind"] == "memory"]) for t in MEMORY]
     return verdicts + [_cost(t, [r for r in rows if r["kind"] == "cost"]) for t in COST]
 
 

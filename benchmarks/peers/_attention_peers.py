@@ -119,23 +119,31 @@ def _after_ops(one: Run, compiled: bool | None = None) -> Prepare:
         def run(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
             return one(rotated(q, q_weight), rotated(k, k_weight), v)
 
-        return run if compiled is None else torch.compile(run, dynamic=compiled)
+        return run if compiled is None else _compiled(run, compiled)
 
     return prepare
+
+
+def _compiled(function: Callable[..., Any], dynamic: bool) -> Run:
+    """torch.compile, such that a backward that is timed alone can run again and again."""
+    from torch._functorch import config
+
+    compiled = torch.compile(function, dynamic=dynamic)
+
+    def run(*tensors: Tensor, **keywords: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return compiled(*tensors, **keywords)
+        with config.patch(donated_buffer=False):
+            return compiled(*tensors, **keywords)
+
+    return run
 
 
 def _flex(dynamic: bool) -> Prepare:
     """FlexAttention, compiled, with its block mask made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex: Callable[..., Any] = torch.compile(flex_attention, dynamic=dynamic)
-
-    def compiled(*tensors: Tensor, **keywords: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return flex(*tensors, **keywords)
-        # a backward that is timed alone runs again and again
-        with torch._functorch.config.patch(donated_buffer=False):
-            return flex(*tensors, **keywords)
+    compiled = _compiled(flex_attention, dynamic)
 
     def prepare(inputs: Inputs) -> Run:
         device = inputs.query.device

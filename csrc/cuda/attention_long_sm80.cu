@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 16;
 constexpr int kMostSplits = 32;  // a lane each where they are combined
+// Up to so many last keys have a shorter step: 257, 577 and 1025 tokens are common.
+constexpr int kTailKeys = 16;
 static_assert(kWarps * kWarpRows == kTileRows);
 
 // Head dims up to D, a multiple of 16.
@@ -24,7 +26,8 @@ struct LongTraits {
   // Two tiles of keys, two of values; the queries lie in the second one of values until they are in
   // registers.
   static constexpr size_t kSharedBytes = 4 * kTile * 2;
-  static constexpr int kResident = D <= 64 ? 4 : 3;  // CTAs a multiprocessor: registers
+  // CTAs a multiprocessor: as many as registers allow without spills.
+  static constexpr int kResident = D <= 64 ? 4 : D <= 112 ? 3 : 2;
 };
 
 // Which rows a CTA takes, and how many CTAs there are.
@@ -44,9 +47,9 @@ struct Partial {
   int64_t rows;  // batch * heads * queries
 };
 
-// The query in row r of a tile.
+// The query in row r of a tile: `queries` of a head, then those of the next.
 struct TilePlaces {
-  int head, first, queries;  // `queries` of a head, then those of the next
+  int head, first, queries;
 
   __device__ __forceinline__ int head_of(int r) const { return head + r / queries; }
   __device__ __forceinline__ int query_of(int r) const { return first + r % queries; }
@@ -72,19 +75,19 @@ __device__ __forceinline__ void copy_tile(T* to, const Row& row, int count, int 
   }
 }
 
-// Products of a warp's queries and a tile of keys.
-template <int D, class T>
-__device__ __forceinline__ void multiply_keys(float (&s)[8][4], const uint32_t (&q)[D / 16][4],
+// Products of a warp's queries and the first 8 N keys of a tile.
+template <int D, int N, class T>
+__device__ __forceinline__ void multiply_keys(float (&s)[N][4], const uint32_t (&q)[D / 16][4],
                                               const T* keys) {
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
+  for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
   }
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < N / 2; ++n) {
       uint32_t b[4];
       load_b(b, keys + 16 * n * LongTraits<D>::kLd, LongTraits<D>::kLd, 16 * k);
       mma_16<T>(s[2 * n], s[2 * n + 1], q[k], b);
@@ -93,11 +96,11 @@ __device__ __forceinline__ void multiply_keys(float (&s)[8][4], const uint32_t (
 }
 
 // o += p values
-template <int D, class T>
-__device__ __forceinline__ void add_values(float (&o)[D / 8][4], const float (&p)[8][4],
+template <int D, int N, class T>
+__device__ __forceinline__ void add_values(float (&o)[D / 8][4], const float (&p)[N][4],
                                            const T* values) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < N / 2; ++k) {
     uint32_t a[4];
     as_a<T>(a, p[2 * k], p[2 * k + 1]);
 #pragma unroll
@@ -111,8 +114,8 @@ __device__ __forceinline__ void add_values(float (&o)[D / 8][4], const float (&p
 
 // Adds what `masked` gives for entries of type M, where a query sees the key. Entry (n, 2 h + e) is
 // of row `row` + 8 h of the tile and of key first + 8 n + e.
-template <class M>
-__device__ __forceinline__ void add_mask(float (&s)[8][4], const AttentionMask& mask, int batch,
+template <class M, int N>
+__device__ __forceinline__ void add_mask(float (&s)[N][4], const AttentionMask& mask, int batch,
                                          const TilePlaces& places, int row,
                                          const Interval (&seen)[2], int first) {
 #pragma unroll
@@ -121,7 +124,7 @@ __device__ __forceinline__ void add_mask(float (&s)[8][4], const AttentionMask& 
                              places.head_of(row + 8 * h) * mask.head_stride +
                              places.query_of(row + 8 * h) * mask.row_stride;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 2 * N; ++i) {
       const int key = first + i / 2 * 8 + i % 2;
       if (!seen[h].has(key)) continue;
       float& x = s[i / 2][2 * h + i % 2];
@@ -135,19 +138,19 @@ __device__ __forceinline__ void add_mask(float (&s)[8][4], const AttentionMask& 
 }
 
 // From products to logits, -inf where a query does not see the key; entries as in add_mask.
-template <class T>
-__device__ __forceinline__ void mask_tile(float (&s)[8][4], const Problem& p, const Logit& logit,
+template <class T, int N>
+__device__ __forceinline__ void mask_tile(float (&s)[N][4], const Problem& p, const Logit& logit,
                                           int batch, const TilePlaces& places, int row,
                                           const Interval (&seen)[2], int first) {
   if (logit.capped()) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = logit(s[n][i]);
     }
   } else {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] *= logit.scale;
     }
@@ -159,7 +162,7 @@ __device__ __forceinline__ void mask_tile(float (&s)[8][4], const Problem& p, co
     if (p.mask.dtype != DType::f32) add_mask<T>(s, p.mask, batch, places, row, seen, first);
   }
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
+  for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (!seen[i / 2].has(first + 8 * n + i % 2)) s[n][i] = -kInfinity;
@@ -176,15 +179,15 @@ struct RowState {
 };
 
 // From logits s * scale to probabilities relative to the largest so far.
-template <int N>
-__device__ __forceinline__ void online_softmax(float (&s)[8][4], float (&o)[N][4],
+template <int N, int V>
+__device__ __forceinline__ void online_softmax(float (&s)[N][4], float (&o)[V][4],
                                                RowState (&rows)[2], float scale) {
   float largest[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float x = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
 #pragma unroll
-    for (int n = 1; n < 8; ++n) x = fmaxf(x, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    for (int n = 1; n < N; ++n) x = fmaxf(x, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
     largest[h] = fmaxf(rows[h].largest, quad_max(x) * scale);
   }
   if (__any_sync(~0u, largest[0] > rows[0].largest || largest[1] > rows[1].largest)) {
@@ -195,7 +198,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[8][4], float (&o)[N][4
       const float factor = ptx::exp2_approx(before - rows[h].base());
       rows[h].sum *= factor;
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
+      for (int n = 0; n < V; ++n) {
         o[n][2 * h] *= factor;
         o[n][2 * h + 1] *= factor;
       }
@@ -206,7 +209,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[8][4], float (&o)[N][4
     const float base = rows[h].base();
     float sum = 0.f;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[n][2 * h + e];
@@ -219,7 +222,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[8][4], float (&o)[N][4
 }
 
 // 12 instances: 6 buckets of head dims, 2 dtypes.
-// limits: registers 168, shared 128, spills 0
+// limits: registers 255, shared 128, spills 0
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
     long_fwd_kernel(Problem p, ForwardOut to, LongPlan plan, Partial partial) {
@@ -248,11 +251,13 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
 
   T* const query_tile = shared + 3 * K::kTile;
   const auto query_row = [&](int r) {
+    if (!plan.grouped) return head_rows<T>(p.query, batch, places.head, places.first + r);
     return head_rows<T>(p.query, batch, places.head_of(r), places.query_of(r));
   };
   copy_tile<D>(query_tile, query_row, rows.count, p.head_dim);
 
-  // The keys that this thread's rows see, and those that one or all of the warp's do.
+  // The keys that this thread's rows see, and those that one or all of the warp's do, which are
+  // kept in shared memory, since registers are scarce.
   Interval seen[2];
   const int row = warp * kWarpRows + lane / 4;  // and row + 8
   Interval some{1 << 30, -1}, all{-1, 1 << 30};
@@ -271,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
   }
   some = {__reduce_min_sync(~0u, some.begin), __reduce_max_sync(~0u, some.end)};
   all = {__reduce_max_sync(~0u, all.begin), __reduce_min_sync(~0u, all.end)};
-  __shared__ Interval some_of[kWarps], all_of[kWarps];  // in few registers they stay no longer
+  __shared__ Interval some_of[kWarps], all_of[kWarps];
   if (lane == 0) {
     some_of[warp] = some;
     all_of[warp] = all;
@@ -313,16 +318,16 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
         for (int i = 0; i < 4; ++i) q[k][i] ^= 0x80008000u;
       }
     }
-#pragma unroll 1
-    for (int first = keys.begin, at = 0; first < keys.end; first += kTileRows, at ^= K::kTile) {
+    // A step: the first 8 N keys of the tile at `first`, which lies `at` elements into each pair.
+    const auto step = [&]<int N>(int first, int at) {
       const T* const key_tile = shared + at;
       const T* const value_tile = key_tile + 2 * K::kTile;
       const bool here = some_of[warp].begin < first + kTileRows && first < some_of[warp].end;
       copy(p.key, shared + (at ^ K::kTile), first + kTileRows, p.head_dim);
-      float s[8][4];
+      float s[N][4];
       if (here) {
         multiply_keys<D>(s, q, key_tile);
-        const bool whole = all_of[warp].begin <= first && first + kTileRows <= all_of[warp].end;
+        const bool whole = all_of[warp].begin <= first && first + 8 * N <= all_of[warp].end;
         const bool plain = whole && p.mask.kind == AttentionMask::none && !logit.capped();
         if (!plain) mask_tile<T>(s, p, logit, batch, places, row, seen, first + lane % 4 * 2);
         online_softmax(s, o, state, plain ? logit.scale : 1.f);
@@ -333,7 +338,13 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
       if (here) add_values<D>(o, s, value_tile);
       ptx::cp_async_wait<1>();
       __syncthreads();  // likewise the keys
+    };
+    int first = keys.begin, at = 0;
+#pragma unroll 1
+    for (; first + kTailKeys < keys.end; first += kTileRows, at ^= K::kTile) {
+      step.template operator()<kTileRows / 8>(first, at);
     }
+    if (first < keys.end) step.template operator()<kTailKeys / 8>(first, at);
   }
   ptx::cp_async_wait<0>();  // of queries that met no key
   __syncthreads();

@@ -51,7 +51,9 @@ def test_head_dims(d: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nq", "nk"), [(1, 1), (63, 64), (64, 65), (65, 63), (130, 129), (5, 257)], ids=str
+    ("nq", "nk"),
+    [(1, 1), (63, 64), (64, 65), (65, 63), (130, 129), (5, 257), (16, 80), (16, 81)],
+    ids=str,
 )
 def test_lengths(nq: int, nk: int) -> None:
     """Around the tiles, of a batch and several heads."""

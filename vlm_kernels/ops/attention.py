@@ -191,7 +191,9 @@ def attention_varlen(
     Args: as `attention`, except
         query: (Tq, H, D); key: (Tk, Hkv, D); value: (Tk, Hkv, Dv). H may be a multiple of Hkv.
         cu_seqlens_q: (S + 1,) int32 or int64, non-decreasing, from 0 to at most Tq: the queries of
-            segment s are rows cu_seqlens_q[s] to cu_seqlens_q[s + 1]. Segments may be empty.
+            segment s are rows cu_seqlens_q[s] to cu_seqlens_q[s + 1]. Segments may be empty. On
+            CUDA the values stay on the device and are clamped; VLM_CHECK=1 has them checked, which
+            waits for the device.
         cu_seqlens_k: the same for the keys, S + 1 entries too.
         is_causal: aligned at the last query and the last key of each segment: query i of nq sees
             the keys j <= i + nk - nq of nk.
@@ -215,6 +217,7 @@ def attention_varlen(
                 f"attention_varlen: {name} is {type(cu_seqlens).__name__}, expected an int32 "
                 "tensor of shape (segments + 1,)"
             )
+    _check_on_demand("attention_varlen", query, key, cu_seqlens_q, cu_seqlens_k, rope)
     options = _options("attention_varlen", is_causal, window, scale, softcap, rope, q_norm, k_norm)
     args = (query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, *options)
     if chosen in ("reference", "triton"):
@@ -239,6 +242,16 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def _check_on_demand(
+    op: str, query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor, rope: Rope | None
+) -> None:
+    """What the CPU's kernels always check. Waits for the device, and only where VLM_CHECK=1 asks
+    for it."""
+    if query.is_cpu or torch.compiler.is_compiling() or config.get("VLM_CHECK") != "1":
+        return
+    _check_seqlens(op, cu_q, cu_k, query.shape[0], key.shape[0], rope is not None)
+
+
 def _options(
     op: str,
     is_causal: bool,
@@ -261,9 +274,9 @@ def _options(
 def _forward(op: str, backend: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The registered op, gradients included: that of the extension has its autograd node in C++."""
     if backend == "triton":
-        from .._triton import attention as _  # registers the op: Triton is imported on first use
+        from .._triton import attention as kernels  # Triton is imported on first use
 
-        return torch.ops.vlm_kernels_triton.attention_fwd(*args)
+        return getattr(torch.ops, kernels.NAMESPACE).attention_fwd(*args)
     if torch.compiler.is_compiling():
         return torch.ops.vlm_kernels.attention_fwd(*args)
     try:
