@@ -245,11 +245,11 @@ def dkdv_kernel(
                     ds *= slope
                 dk = _add_product(dk, ds, q, dtype, D1, D2, PRECISION)
     if NEED_KEY:
-        at = _rows_of(grad_key, b, kv_head, j, dk_b, dk_h, dk_n, ALIGN)
-        _store(at, has_key, dk, scale, D, D0, D1, D2)
+        of_key = _rows_of(grad_key, b, kv_head, j, dk_b, dk_h, dk_n, ALIGN)
+        _store(of_key, has_key, dk, scale, D, D0, D1, D2)
     if NEED_VALUE:
-        at = _rows_of(grad_value, b, kv_head, j, dv_b, dv_h, dv_n, ALIGN)
-        _store(at, has_key, dv, 1.0, DV, V0, V1, V2)
+        of_value = _rows_of(grad_value, b, kv_head, j, dv_b, dv_h, dv_n, ALIGN)
+        _store(of_value, has_key, dv, 1.0, DV, V0, V1, V2)
 
 
 # limits: registers 255, spills 0
@@ -292,23 +292,23 @@ def dq_kernel(
     for t in span(first, last, 1):
         j = t * BN + tl.arange(0, BN)
         has_key = j < nk
-        at = _rows_of(key, b, h // group, j, key_b, key_h, key_n, ALIGN)
-        k = _load(at, has_key, D, D0, D1, D2)
+        of_key = _rows_of(key, b, h // group, j, key_b, key_h, key_n, ALIGN)
+        k = _load(of_key, has_key, D, D0, D1, D2)
         s = _product(q, k, BM, BN, D1, D2, PRECISION)
         p, slope = _probability(
             s, total[:, None], begin[:, None], end[:, None], i[:, None], j[None, :], nq, nk,
             mask + b * mask_b + h * mask_h, mask_n, mask_k, scale, softcap,
             HAS_ROWS, MASK, SOFTCAP,
         )  # fmt: skip
-        at = _rows_of(value, b, h // group, j, value_b, value_h, value_n, ALIGN)
-        v = _load(at, has_key, DV, V0, V1, V2)
+        of_value = _rows_of(value, b, h // group, j, value_b, value_h, value_n, ALIGN)
+        v = _load(of_value, has_key, DV, V0, V1, V2)
         ds = p * (_product(do, v, BM, BN, V1, V2, PRECISION) - d[:, None])
         if SOFTCAP:
             ds *= slope
         dq = _add_product(dq, ds, k, dtype, D1, D2, PRECISION)
     grad_query += split * wide(dq_s, ALIGN)
-    at = _rows_of(grad_query, b, h, i, dq_b, dq_h, dq_n, ALIGN)
-    _store(at, has_query, dq, scale, D, D0, D1, D2)
+    of_query = _rows_of(grad_query, b, h, i, dq_b, dq_h, dq_n, ALIGN)
+    _store(of_query, has_query, dq, scale, D, D0, D1, D2)
 
 
 # limits: registers 255, spills 0
