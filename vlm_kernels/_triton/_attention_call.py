@@ -110,10 +110,7 @@ class Call:
         self.mask: Tensor | None = None
         if attn_mask is not None:
             self.mask = attn_mask.expand(self.b, self.h, self.nq, self.nk)
-        self.rope: Rope | None = None
-        if rope_cos is not None and rope_sin is not None:
-            self.rope = self._rope(rope_cos, rope_sin, rope_interleaved, cu_seqlens_q, cu_seqlens_k)
-        self.rows = _intervals.intervals(
+        self.rows, places = _intervals.intervals(
             self.nq,
             self.nk,
             self.device,
@@ -124,6 +121,9 @@ class Call:
             cu_seqlens_q,
             cu_seqlens_k,
         )
+        self.rope: Rope | None = None
+        if rope_cos is not None and rope_sin is not None:
+            self.rope = self._rope(rope_cos, rope_sin, rope_interleaved, places)
         self.q, self.k = self.query, self.key
 
     def heads(self, x: Tensor) -> Tensor:
@@ -142,21 +142,10 @@ class Call:
         """Of the op's lse; as the kernels see it, (B, H, Nq), it is contiguous either way."""
         return (self.h, self.nq) if self.packed else (self.b, self.h, self.nq)
 
-    def _rope(
-        self,
-        cos: Tensor,
-        sin: Tensor,
-        interleaved: bool,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-    ) -> Rope:
+    def _rope(self, cos: Tensor, sin: Tensor, interleaved: bool, places: Tensor | None) -> Rope:
         cos, sin = (t.to(torch.float32).contiguous() for t in (cos, sin))
         half = cos.shape[-1]
-        whole = cos.dim() == 3 and cos.shape[0] > 1
-        places = None
-        if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            places = _intervals.places(self.nq, self.nk, cu_seqlens_q, cu_seqlens_k)
-        stride = self.nk * half if whole else 0
+        stride = self.nk * half if cos.dim() == 3 and cos.shape[0] > 1 else 0
         return Rope(cos, sin, half, stride, interleaved, self.nk - self.nq, places)
 
 

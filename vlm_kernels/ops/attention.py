@@ -261,9 +261,9 @@ def _options(
 def _forward(op: str, backend: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The registered op, gradients included: that of the extension has its autograd node in C++."""
     if backend == "triton":
-        from .._triton import attention as _  # registers the op: Triton is imported on first use
+        from .._triton import attention as kernels  # Triton is imported on first use
 
-        return torch.ops.vlm_kernels_triton.attention_fwd(*args)
+        return getattr(torch.ops, kernels.NAMESPACE).attention_fwd(*args)
     if torch.compiler.is_compiling():
         return torch.ops.vlm_kernels.attention_fwd(*args)
     try:

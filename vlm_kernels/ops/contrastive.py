@@ -462,7 +462,9 @@ def _needs(ctx: Any) -> int:
 def _ops(backend: str) -> Any:
     """The extension's functions, or under torch.compile the ops that it can see."""
     if backend == "triton":
-        return torch.ops.vlm_kernels_triton
+        from .._triton import contrastive as kernels  # Triton is imported on first use
+
+        return getattr(torch.ops, kernels.NAMESPACE)
     return torch.ops.vlm_kernels if torch.compiler.is_compiling() else _C
 
 
