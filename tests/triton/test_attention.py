@@ -114,6 +114,7 @@ def varlen_cases() -> Iterator[VarlenCase]:
         )
     for i, segments in enumerate((((1, 1),), ((0, 0),), (), ((64, 64), (64, 64), (2, 2)))):
         yield VarlenCase(segments, 2, 80, spec.DTYPES[i % 3], outside=i % 3)
+    yield VarlenCase(((1, 70), (1, 33), (0, 2)), 4, 24, torch.bfloat16, kv_heads=1, outside=1)
 
 
 @pytest.mark.parametrize("case", list(varlen_cases()), ids=str)
@@ -379,6 +380,27 @@ def test_opcheck(case: AnyCase) -> None:
         forward(case)
     ((func, args),) = recorder.calls
     torch.library.opcheck(func, args)
+
+
+def test_opcheck_with_gradients() -> None:
+    """The node at the Autograd key, seen by AOTAutograd."""
+    with Recorder() as recorder:
+        forward(Case(1, 1, 3, 5, 8, torch.float32, Variant(mask="additive", mask_shape="h1k")))
+    ((func, args),) = recorder.calls
+    wanted = [
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    ]
+    with torch.enable_grad():
+        torch.library.opcheck(func, tuple(wanted))
+
+
+def test_one_derivative() -> None:
+    x = torch.randn(1, 1, 3, 8, requires_grad=True)
+    with torch.enable_grad():
+        out, _ = attention(x, x, x)
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="attention has no second derivative"):
+            torch.autograd.grad(grad.sum(), x)
 
 
 @pytest.mark.skipif(_load._C is None, reason="vlm_kernels._C is not built")
