@@ -85,7 +85,7 @@ def test_each_shape(case: Case) -> None:
 
 def variant_cases() -> Iterator[Case]:
     for i, variant in enumerate(spec.covering_variants()):
-        yield Case(2, 2, 20, 80, 24, spec.DTYPES[i % 3], variant, kv_heads=1 if i % 4 else None)
+        yield Case(2, 2, 16, 80, 24, spec.DTYPES[i % 3], variant, kv_heads=1 if i % 4 else None)
     for i, keys in enumerate(("causal", "window", "image_blocks", "range")):
         yield Case(1, 1, 70, 200, 24, spec.DTYPES[i % 3], Variant(keys))
 
@@ -144,7 +144,7 @@ def test_lowest_number_as_mask(dtype: torch.dtype) -> None:
 
 SHARED = [
     Case(1, 1, 1, 520, 40, torch.bfloat16),
-    Case(1, 2, 32, 300, 64, torch.float16, Variant("range_heads"), kv_heads=1),
+    Case(1, 2, 16, 300, 64, torch.float16, Variant("range_heads"), kv_heads=1),
     Case(1, 1, 5, 520, 24, torch.float32, replace(EVERYTHING, keys="range_each")),
     Case(1, 1, 17, 300, 7, torch.bfloat16, Variant(layout="bhnd", mask="bool")),
     VarlenCase(((3, 400), (2, 5), (1, 300)), 1, 24, torch.bfloat16, Variant("causal"), outside=2),

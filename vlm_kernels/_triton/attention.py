@@ -26,7 +26,9 @@ from .contrastive import NAMESPACE as NAMESPACE
 from .contrastive import _guarded, _precision
 
 _ALIGNMENTS = (8, 4, 2, 1)  # of rows, in features: how many are loaded at a time
-_TOGETHER = 64  # queries of the heads of one key head, up to which they share a program
+# Queries of the heads of one key head, up to which they share a program: with more, the addresses
+# of their rows spill.
+TOGETHER = 32
 _KEY_TILES = 4  # of a program, at least, where programs share the keys
 PREPARED, COMBINED = 2048, 1024  # features of a block of rows of the small kernels
 
@@ -127,7 +129,7 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     arch = _tiles.architecture(call.device)
     dim = max(sum(call.pieces), sum(call.value_pieces))
     side_by_side = _attention_tiles.multiprocessors(call.device)
-    together = call.group > 1 and call.nq * call.group <= _TOGETHER
+    together = call.group > 1 and call.nq * call.group <= TOGETHER
     queries, own_heads = call.nq, call.b * call.h
     if together:
         queries, own_heads = call.nq * call.group, call.b * call.kv_heads
