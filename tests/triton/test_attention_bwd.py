@@ -14,6 +14,7 @@ from torch import Tensor
 import vlm_kernels
 from vlm_kernels import reference
 from vlm_kernels._triton import _attention_bwd as backend
+from vlm_kernels._triton import _attention_bwd_kernels as kernels
 from vlm_kernels._triton._compat import INTERPRET
 from vlm_kernels.testing.specs import attention as spec
 from vlm_kernels.testing.specs.attention import Case, Variant, VarlenCase
@@ -103,6 +104,23 @@ VARLEN_CASES = (
 @pytest.mark.parametrize("case", VARLEN_CASES, ids=str)
 def test_varlen(case: VarlenCase) -> None:
     spec.check(case, VARLEN)
+
+
+@pytest.mark.parametrize("nk", [1, 63, 64, 65, 130])
+def test_bounds_of_queries(nk: int) -> None:
+    """Of each tile of keys the first and the last tile of queries that may see it."""
+    generator = torch.Generator().manual_seed(nk)
+    rows = torch.randint(nk + 1, (2, 3, 41, 2), generator=generator, dtype=torch.int32).sort(-1)[0]
+    rows[rows[..., 0] == rows[..., 1]] = 0
+    bounds = torch.empty((2, 3, -(-nk // 64), 2), dtype=torch.int32)
+    kernels.bounds_kernel[(bounds.numel() // 2,)](rows, bounds, 41, nk, BM=4, BN=64, BLOCK=16)
+    j = torch.arange(nk)
+    seen = (rows[..., :1] <= j) & (j < rows[..., 1:])  # (2, 3, 41, nk)
+    for tile, part in enumerate(seen.split(64, -1)):
+        for head, of_queries in enumerate(part.any(-1).flatten(0, 1)):
+            i = of_queries.nonzero()
+            wanted = [int(i.min()) // 4, int(i.max()) // 4 + 1] if len(i) else [0, 0]
+            assert bounds.flatten(0, 1)[head, tile].tolist() == wanted
 
 
 # --- masks ---

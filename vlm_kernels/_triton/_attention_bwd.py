@@ -26,10 +26,10 @@ from .contrastive import _precision
 QUERY, KEY, VALUE, MASK, Q_WEIGHT, Q_BIAS, K_WEIGHT, K_BIAS = (1 << i for i in range(8))
 """Bits of `needs`, as csrc/ops/attention.h has them, in the order of the gradients."""
 
-ALIGNED = 8
+ALIGNMENTS = (8, 4, 2, 1)  # of rows, in features: how many are loaded at a time
 DELTA_ROWS = 64
 BOUNDS_BLOCK = 1024
-PREPARE_ROWS, PREPARE_TILES = 16, 16
+PREPARED, PREPARED_TILES = 1024, 32  # features of a tile of rows, tiles of a program
 _PROGRAMS = 264  # two for each multiprocessor of an H200
 _LEAST = 4  # tiles that a split is worth
 
@@ -174,14 +174,14 @@ class _Backward:
         }
 
     def _bounds(self, tile: Tile) -> Tensor | None:
-        """First and last + 1 query that may see each tile of keys: (Rb, Rh, key tiles, 2)."""
+        """First and last + 1 tile of queries that may see each tile of keys: (Rb, Rh, .., 2)."""
         call, rows = self.call, self.call.rows
         if rows is None:
             return None
         tiles = triton.cdiv(call.nk, tile.keys)
         bounds = rows.new_empty((*rows.shape[:2], tiles, 2))
         kernels.bounds_kernel[(bounds.numel() // 2,)](
-            rows, bounds, call.nq, call.nk, BN=tile.keys, BLOCK=BOUNDS_BLOCK
+            rows, bounds, call.nq, call.nk, BM=tile.queries, BN=tile.keys, BLOCK=BOUNDS_BLOCK
         )
         return bounds
 
@@ -279,7 +279,9 @@ class _Backward:
         weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
         need_weight = weight is not None and bool(self.needs & weight_bit)
         need_bias = bias is not None and bool(self.needs & bias_bit)
-        chunks = triton.cdiv(n, PREPARE_ROWS * PREPARE_TILES)
+        width = triton.next_power_of_2(d)
+        tile = max(1, PREPARED // width)
+        chunks = triton.cdiv(n, tile * PREPARED_TILES)
         shape = (chunks, b, h, d)
         weights, biases = (
             x.new_zeros(shape if need else 0, dtype=torch.float32)
@@ -322,10 +324,10 @@ class _Backward:
                 NEED_WEIGHT=need_weight,
                 NEED_BIAS=need_bias,
                 D=d,
-                WIDTH=triton.next_power_of_2(d),
+                WIDTH=width,
                 ALIGN=_align(x, out),
-                BM=PREPARE_ROWS,
-                TILES=PREPARE_TILES,
+                BM=tile,
+                TILES=PREPARED_TILES,
             )
         elif changed and result.dim() > 1:
             result.zero_()
@@ -353,6 +355,6 @@ def _splits(programs: int, steps: int) -> int:
 
 
 def _align(*tensors: Tensor) -> int:
-    """Features that all rows begin at multiples of: with 8 they are loaded 16 bytes at a time."""
-    strides = (n for x in tensors for n in x.stride()[:-1])
-    return ALIGNED if all(n % ALIGNED == 0 for n in strides) else 1
+    """Features that all rows begin at multiples of."""
+    strides = [n for x in tensors for n in x.stride()[:-1]]
+    return next(k for k in ALIGNMENTS if all(n % k == 0 for n in strides))

@@ -185,8 +185,8 @@ def _seen(begin, end):
 
 # limits: registers 64, spills 0
 @triton.jit
-def bounds_kernel(rows, bounds, nq, nk, BN: tl.constexpr, BLOCK: tl.constexpr):
-    """First and last + 1 query with an interval that meets a tile of BN keys; (0, 0) for none.
+def bounds_kernel(rows, bounds, nq, nk, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr):
+    """First and last + 1 tile of BM queries that a tile of BN keys is seen by; (0, 0) for none.
 
     rows (planes, nq, 2), bounds (planes, key tiles, 2).
     """
@@ -204,8 +204,8 @@ def bounds_kernel(rows, bounds, nq, nk, BN: tl.constexpr, BLOCK: tl.constexpr):
         last = tl.where(meets, i + 1, last)
     high = tl.max(last, 0)
     at = bounds + 2 * (plane * tiles + tile)
-    tl.store(at, tl.minimum(tl.min(first, 0), high))
-    tl.store(at + 1, high)
+    tl.store(at, tl.minimum(tl.min(first, 0), high) // BM)
+    tl.store(at + 1, tl.cdiv(high, BM))
 
 
 # limits: registers 255, spills 0
@@ -253,7 +253,7 @@ def dkdv_kernel(
         interval = rows + b * rows_b + h * rows_h
         if HAS_ROWS:
             ends = bounds + b * bounds_b + h * bounds_h + 2 * tile
-            first, last = tl.load(ends) // BM, tl.cdiv(tl.load(ends + 1), BM)
+            first, last = tl.load(ends), tl.load(ends + 1)
         for t in span(first, last, 1):
             i = t * BM + tl.arange(0, BM)
             has_query = i < nq

@@ -31,11 +31,19 @@ _TABLE = {
     (90, 2, 128): Tiles(Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
     (90, 2, 256): Tiles(Tile(16, 64, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 1)),
 }
+# With a mask tensor, whose tiles take registers and shared memory as well.
+_MASKED = {
+    (80, 2, 64): _TABLE[80, 2, 64]._replace(dkdv=Tile(32, 128, 8, 1)),
+    (80, 2, 128): _TABLE[80, 2, 128]._replace(dkdv=Tile(16, 64, 4, 1)),
+    (90, 2, 64): _TABLE[90, 2, 64]._replace(dkdv=Tile(32, 128, 8, 2)),
+    (90, 2, 80): _TABLE[90, 2, 80]._replace(dkdv=Tile(32, 64, 8, 2)),
+    (90, 2, 128): _TABLE[90, 2, 128]._replace(dkdv=Tile(32, 64, 8, 2)),
+}
 _FP32 = {
     64: Tiles(Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)),
     80: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
     128: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
-    256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+    256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 
 
@@ -44,8 +52,7 @@ def choose(arch: int, itemsize: int, dim: int, masked: bool) -> Tiles:
     if arch == INTERPRETER:
         return _INTERPRETED
     bucket = next(bucket for bucket in BUCKETS if dim <= bucket)
-    tiles = _TABLE[arch, itemsize, bucket] if itemsize == 2 else _FP32[bucket]
-    if not masked:
-        return tiles
-    # a second stage would hold the next tile of the mask as well
-    return Tiles(*(tile._replace(stages=1) for tile in tiles))
+    if itemsize == 4:
+        return _FP32[bucket]
+    tiles = _TABLE[arch, itemsize, bucket]
+    return _MASKED.get((arch, itemsize, bucket), tiles) if masked else tiles
