@@ -55,6 +55,7 @@ struct DeviceCall : AttentionOperands {
     call.window_right = a.is_causal && a.window_right != 0 ? 0 : a.window_right;
     if (a.kv_range) {
       range = a.kv_range->contiguous();
+      if (reinterpret_cast<uintptr_t>(range.const_data_ptr()) % 8) range = range.clone();
       call.range = range.const_data_ptr<int32_t>();
       call.range_batch_stride = range.size(0) == 1 ? 0 : range.stride(0);
       call.in.range_head_stride = range.size(1) == 1 ? 0 : range.stride(1);

@@ -115,6 +115,17 @@ def test_rows_that_the_copies_cannot_take() -> None:
         spec.check_result(case, name, value)
 
 
+def test_ranges_at_an_odd_offset() -> None:
+    query, key, value, *_ = spec.make_inputs(1, 1, 9, 12, 16, BF16)
+    ranges = spec.KEYS["range"](1, 1, 9, 12, torch.Generator().manual_seed(0))["kv_range"]
+    odd = torch.cat([torch.zeros(1, dtype=torch.int32), ranges.flatten()])[1:].view(ranges.shape)
+    assert odd.data_ptr() % 8
+    results = [
+        vlm_kernels.attention(query, key, value, kv_range=r, backend="cpu") for r in (ranges, odd)
+    ]
+    assert torch.equal(*results)
+
+
 def test_offsets_that_hold_anything() -> None:
     """They are clamped, never read on the host: no row is out of bounds, all are written."""
     case = VarlenCase(((9, 9), (20, 20)), 1, 16, BF16)
