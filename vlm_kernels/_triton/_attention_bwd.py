@@ -17,9 +17,8 @@ from torch import Tensor
 
 from . import _attention_bwd_kernels as kernels
 from . import _attention_bwd_tiles, _tiles
-from ._attention_call import Call, Norm, Rope, rows_contiguous
+from ._attention_call import Call, Norm, Rope, broadcast_strides, rows_contiguous
 from ._attention_kernels import HALVES, INTERLEAVED, LAYER, NO_NORM, NO_ROPE, RMS
-from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
 from ._attention_tiles import Tile
 from .contrastive import _precision
 
@@ -73,8 +72,8 @@ class _Backward:
     def gradients(self) -> tuple[Tensor, ...]:
         call, needs = self.call, self.needs
         query, key, value = (
-            self._like(x) if needs & bit else x.new_empty(0)
-            for x, bit in ((call.query, QUERY), (call.key, KEY), (call.value, VALUE))
+            call.like(x, x.shape[-1]) if needs & bit else x.new_empty(0)
+            for x, bit in zip(call.given, (QUERY, KEY, VALUE), strict=True)
         )
         of_q = self._rows(call.query, query, call.q_norm, QUERY, Q_WEIGHT, Q_BIAS)
         of_k = self._rows(call.key, key, call.k_norm, KEY, K_WEIGHT, K_BIAS)
@@ -84,7 +83,8 @@ class _Backward:
                 if x is not None:
                     x.zero_()
         else:
-            self.delta = self._delta()
+            # the gradient of the values alone has no use for it
+            self.delta = self._delta() if needs & ~VALUE else self.lse
             if of_k is not None or of_v is not None:
                 self._dkdv(of_k, of_v)
             if of_q is not None:
@@ -96,11 +96,6 @@ class _Backward:
             rope = rope._replace(first=0, places=None)
         k_norm = self._before(call.key, of_k, key, call.k_norm, rope, K_WEIGHT, K_BIAS)
         return query, key, value, mask, *q_norm, *k_norm
-
-    def _like(self, x: Tensor) -> Tensor:
-        """A gradient of query, key or value, as it leaves."""
-        came = x[0].transpose(0, 1) if self.call.packed else x
-        return self.call.like(came, x.shape[-1])
 
     def _rows(
         self, x: Tensor, result: Tensor, norm: Norm | None, bit: int, weight: int, bias: int
@@ -150,21 +145,15 @@ class _Backward:
         call = self.call
         strides = [n for x in (call.q, call.k, call.value, self.grad) for n in x.stride()[:3]]
         strides += (0, 0, 0, 0) if call.mask is None else call.mask.stride()
-        return (*strides, *_broadcast_strides(call.rows))
+        return (*strides, *broadcast_strides(call.rows))
 
     def _options(self, tile: Tile, *outs: Tensor) -> dict[str, Any]:
         call = self.call
-        mask = NO_MASK
-        if call.mask is not None:
-            mask = BOOL_MASK if call.mask.dtype == torch.bool else ADDITIVE_MASK
         return {
             "HAS_ROWS": call.rows is not None,
-            "MASK": mask,
+            "MASK": call.mask_kind,
             "SOFTCAP": call.softcap != 0,
-            "D": call.d,
-            **dict(zip(("D0", "D1", "D2"), call.pieces)),
-            "DV": call.dv,
-            **dict(zip(("V0", "V1", "V2"), call.value_pieces)),
+            **call.piece_options(),
             "ALIGN": _align(call.q, call.k, call.value, self.grad, *outs),
             "PRECISION": _precision(),
             "BM": tile.queries,
@@ -195,7 +184,7 @@ class _Backward:
             call.q if bounds is None else bounds,
             *outs,
             *self._strides(),
-            *_broadcast_strides(bounds),
+            *broadcast_strides(bounds),
             *outs[0].stride()[:3],
             *outs[1].stride()[:3],
             call.kv_heads,
@@ -340,13 +329,6 @@ def _summed(parts: Tensor, parameter: Tensor | None, needed: bool) -> Tensor:
         return parts
     over = (0, 1) if parameter.dim() == 2 else (0, 1, 2)
     return parts.sum(over, dtype=torch.float64).to(parameter.dtype)
-
-
-def _broadcast_strides(x: Tensor | None) -> tuple[int, int]:
-    """Of batch entries and heads, 0 where they share."""
-    if x is None:
-        return 0, 0
-    return 0 if x.shape[0] == 1 else x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
 
 
 def _splits(programs: int, steps: int) -> int:

@@ -19,8 +19,7 @@ from torch import Tensor
 from ..ops.attention import register_fakes
 from . import _attention_bwd, _attention_tiles, _tiles
 from . import _attention_kernels as kernels
-from ._attention_call import Call, Norm
-from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
+from ._attention_call import Call, Norm, broadcast_strides
 from ._compat import INTERPRET
 from .contrastive import NAMESPACE as NAMESPACE
 from .contrastive import _guarded, _precision
@@ -175,17 +174,17 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
         *strides[1],
         *strides[2],
         *((0,) * 4 if mask is None else mask.stride()),
-        *((0,) * 2 if rows is None else _broadcast_strides(rows)),
+        *broadcast_strides(rows),
         *of_out,
         lse_stride,
         abs(call.scale),
         call.softcap,
-        MASK=_mask_kind(mask),
+        MASK=call.mask_kind,
         ROWS=rows is not None,
         SOFTCAP=call.softcap != 0.0,
         NEGATE=call.scale < 0,
         TOGETHER=together,
-        **piece_options(call),
+        **call.piece_options(),
         ALIGN=next(n for n in _ALIGNMENTS if all(stride % n == 0 for stride in every_stride)),
         PRECISION=_precision(),
         BM=tile.queries,
@@ -201,25 +200,6 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
             target, target_lse, heads, lse, call.nq, call.h, blocks, splits, split_stride,
             lse_stride, *heads.stride()[:3], DV=call.dv, BV=width, BR=block, num_warps=4,
         )  # fmt: skip
-
-
-def _mask_kind(mask: Tensor | None) -> int:
-    if mask is None:
-        return NO_MASK
-    return BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
-
-
-def _broadcast_strides(rows: Tensor) -> tuple[int, int]:
-    """Of batch and heads, 0 where they share their intervals."""
-    batch, head = (0 if n == 1 else s for n, s in zip(rows.shape[:2], rows.stride()[:2]))
-    return batch, head
-
-
-def piece_options(call: Call) -> dict[str, int]:
-    """The head dims as the kernels are compiled for them."""
-    names = ("D", "D0", "D1", "D2", "DV", "V0", "V1", "V2")
-    values = (call.d, *call.pieces, call.dv, *call.value_pieces)
-    return dict(zip(names, values, strict=True))
 
 
 # --- gradients ---
