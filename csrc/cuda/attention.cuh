@@ -129,7 +129,7 @@ __device__ __forceinline__ float tanh_approx(float x) {
 struct Logit {
   float scale, cap, inverse_cap;
 
-  __device__ __forceinline__ explicit Logit(const Problem& p)
+  __host__ __device__ __forceinline__ explicit Logit(const Problem& p)
       : scale(p.softcap > 0.f ? p.scale : p.scale * kLog2e),
         cap(p.softcap * kLog2e),
         inverse_cap(p.softcap > 0.f ? 1.f / p.softcap : 0.f) {}

@@ -50,7 +50,7 @@ def _forward(
         strides = (f"{x}_{d}" for x in "qkv" for d in ("batch", "head", "row"))
         aligned |= {*strides, "out_batch", "out_head", "out_row"}
     # what torch's sizes of 1 become
-    ones = {"mask_column", *(() if flags["TOGETHER"] else ("splits", "group"))}
+    ones = {"mask_column", *(("nq", "tiles") if flags["TOGETHER"] else ("splits", "group"))}
     constants |= dict.fromkeys(ones, 1)
     types |= dict.fromkeys(ones, "constexpr")
     constants = {name: value for name, value in constants.items() if types[name] == "constexpr"}
@@ -114,7 +114,7 @@ def variants(arch: int) -> Iterator[Variant]:
     """Each head dim of VLMs, in bf16 with every tile; masks and other dtypes at some of them."""
     for dim in _DIMS:
         for rows in (128, 64, 32, 16):
-            for flags in (_PLAIN, _CAPPED) if rows > 64 else (_CAPPED, _DECODE):
+            for flags in (_CAPPED, _DECODE if rows <= backend.TOGETHER else _PLAIN):
                 yield _forward(arch, "bf16", _tile(arch, "bf16", dim, False, rows), dim, flags)
     for dtype in _DTYPES:
         for dim in (64, 80, 128, 256):

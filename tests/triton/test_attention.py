@@ -85,7 +85,7 @@ def test_each_shape(case: Case) -> None:
 
 def variant_cases() -> Iterator[Case]:
     for i, variant in enumerate(spec.covering_variants()):
-        yield Case(2, 2, 20, 80, 24, spec.DTYPES[i % 3], variant, kv_heads=1 if i % 4 else None)
+        yield Case(2, 2, 16, 80, 24, spec.DTYPES[i % 3], variant, kv_heads=1 if i % 4 else None)
     for i, keys in enumerate(("causal", "window", "image_blocks", "range")):
         yield Case(1, 1, 70, 200, 24, spec.DTYPES[i % 3], Variant(keys))
 
@@ -144,7 +144,7 @@ def test_lowest_number_as_mask(dtype: torch.dtype) -> None:
 
 SHARED = [
     Case(1, 1, 1, 520, 40, torch.bfloat16),
-    Case(1, 2, 32, 300, 64, torch.float16, Variant("range_heads"), kv_heads=1),
+    Case(1, 2, 16, 300, 64, torch.float16, Variant("range_heads"), kv_heads=1),
     Case(1, 1, 5, 520, 24, torch.float32, replace(EVERYTHING, keys="range_each")),
     Case(1, 1, 17, 300, 7, torch.bfloat16, Variant(layout="bhnd", mask="bool")),
     VarlenCase(((3, 400), (2, 5), (1, 300)), 1, 24, torch.bfloat16, Variant("causal"), outside=2),
@@ -271,20 +271,6 @@ def test_intervals_are_those_of_the_definition() -> None:
         seen = (begin[..., None] <= j) & (j < end[..., None])
         assert exact is not None
         assert torch.equal(*torch.broadcast_tensors(seen, exact))
-        bounds = intervals.query_bounds(rows, 4)
-        tiles_ = intervals.key_bounds(bounds, nk, 5)
-        for head in product(range(rows.shape[0]), range(rows.shape[1])):
-            for tile, found in enumerate(bounds[head].tolist()):
-                columns = seen[head][4 * tile : 4 * tile + 4].any(0).nonzero()
-                wanted = [int(columns.min()), int(columns.max()) + 1] if len(columns) else [0, 0]
-                assert found == wanted
-            for tile, found in enumerate(tiles_[head].tolist()):
-                meets = [
-                    i
-                    for i, (low, high) in enumerate(bounds[head].tolist())
-                    if max(low, 5 * tile) < min(high, 5 * tile + 5)
-                ]
-                assert found == ([meets[0], meets[-1] + 1] if meets else [0, 0])
 
 
 @pytest.mark.parametrize(

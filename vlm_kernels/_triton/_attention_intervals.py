@@ -1,8 +1,7 @@
 """Which keys a query of attention sees, as one interval a row: all masks but attn_mask.
 
-Causal rule, window, kv_range and packed segments become `rows` (Rb, Rh, Nq, 2) int32 in one kernel,
-and its bounds say which tiles of keys and queries meet. Values come from device tensors and are
-clamped; nothing waits for them.
+Causal rule, window, kv_range and packed segments become `rows` (Rb, Rh, Nq, 2) int32 in one kernel.
+Values come from device tensors and are clamped; nothing waits for them.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from . import _attention_kernels as kernels
 
-_INT32_MAX = 2**31 - 1
-_PAIRS = 1 << 24  # of a query tile and a key tile that `key_bounds` looks at in one go
 BLOCK = 256
 
 
@@ -77,47 +74,3 @@ def intervals(
             num_warps=4,
         )
     return rows, places if packed else None
-
-
-def query_bounds(rows: Tensor, tile: int) -> Tensor:
-    """Least begin and greatest end of what each tile of queries sees.
-
-    Args:
-        rows: (Rb, Rh, Nq, 2).
-
-    Returns:
-        (Rb, Rh, ceil(Nq / tile), 2) int32, (0, 0) where the tile sees nothing.
-    """
-    rb, rh, nq, _ = rows.shape
-    tiles = -(-nq // tile)
-    padded = rows.new_zeros(rb, rh, tiles * tile, 2)
-    padded[:, :, :nq] = rows
-    begin, end = padded.view(rb, rh, tiles, tile, 2).unbind(-1)
-    begin = torch.where(begin < end, begin, _INT32_MAX).amin(-1)
-    end = end.amax(-1)
-    return torch.stack([torch.minimum(begin, end), end], -1)
-
-
-def key_bounds(bounds: Tensor, nk: int, key_tile: int) -> Tensor:
-    """First and last + 1 tile of queries that may see each tile of keys.
-
-    Args:
-        bounds: (Rb, Rh, Tq, 2), as from `query_bounds`.
-
-    Returns:
-        (Rb, Rh, ceil(Nk / key_tile), 2) int32, (0, 0) where no query does.
-    """
-    rb, rh, tiles, _ = bounds.shape
-    begin, end = (t[..., None] for t in bounds.unbind(-1))  # (Rb, Rh, Tq, 1)
-    index = torch.arange(tiles, dtype=torch.int32, device=bounds.device)[:, None]
-    starts = torch.arange(0, nk, key_tile, dtype=torch.int32, device=bounds.device)
-    found = []
-    for part in starts.split(max(1, _PAIRS // max(1, rb * rh * tiles))):
-        meets = (begin < part + key_tile) & (end > part) & (begin < end)  # (Rb, Rh, Tq, keys)
-        if tiles == 0:
-            found.append(bounds.new_zeros(rb, rh, len(part), 2))
-            continue
-        last = torch.where(meets, index + 1, 0).amax(-2)
-        first = torch.where(meets, index, _INT32_MAX).amin(-2)
-        found.append(torch.stack([torch.minimum(first, last), last], -1))
-    return torch.cat(found, 2) if found else bounds.new_zeros(rb, rh, 0, 2)

@@ -1,7 +1,7 @@
 """Forward kernels of attention; see attention.py for how they are put together.
 
-tests/compile_only holds each kernel to the line of limits above it. What spills are tiles of 64
-queries with softcap on sm_80; without softcap they do not.
+tests/compile_only holds each kernel to the line of limits above it. What spills a
+little are tiles of at most 64 queries with softcap or TOGETHER, nearly all of them on sm_80.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

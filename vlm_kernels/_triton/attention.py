@@ -19,14 +19,15 @@ from torch import Tensor
 from ..ops.attention import register_fakes
 from . import _attention_bwd, _attention_tiles, _tiles
 from . import _attention_kernels as kernels
-from ._attention_call import Call, Norm
-from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
+from ._attention_call import Call, Norm, broadcast_strides
 from ._compat import INTERPRET
 from .contrastive import NAMESPACE as NAMESPACE
 from .contrastive import _guarded, _precision
 
 _ALIGNMENTS = (8, 4, 2, 1)  # of rows, in features: how many are loaded at a time
-_TOGETHER = 64  # queries of the heads of one key head, up to which they share a program
+# Queries of the heads of one key head, up to which they share a program: with more, the addresses
+# of their rows spill.
+TOGETHER = 32
 _KEY_TILES = 4  # of a program, at least, where programs share the keys
 PREPARED, COMBINED = 2048, 1024  # features of a block of rows of the small kernels
 
@@ -127,7 +128,7 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     arch = _tiles.architecture(call.device)
     dim = max(sum(call.pieces), sum(call.value_pieces))
     side_by_side = _attention_tiles.multiprocessors(call.device)
-    together = call.group > 1 and call.nq * call.group <= _TOGETHER
+    together = call.group > 1 and call.nq * call.group <= TOGETHER
     queries, own_heads = call.nq, call.b * call.h
     if together:
         queries, own_heads = call.nq * call.group, call.b * call.kv_heads
@@ -173,17 +174,17 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
         *strides[1],
         *strides[2],
         *((0,) * 4 if mask is None else mask.stride()),
-        *((0,) * 2 if rows is None else _broadcast_strides(rows)),
+        *broadcast_strides(rows),
         *of_out,
         lse_stride,
         abs(call.scale),
         call.softcap,
-        MASK=_mask_kind(mask),
+        MASK=call.mask_kind,
         ROWS=rows is not None,
         SOFTCAP=call.softcap != 0.0,
         NEGATE=call.scale < 0,
         TOGETHER=together,
-        **piece_options(call),
+        **call.piece_options(),
         ALIGN=next(n for n in _ALIGNMENTS if all(stride % n == 0 for stride in every_stride)),
         PRECISION=_precision(),
         BM=tile.queries,
@@ -199,25 +200,6 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
             target, target_lse, heads, lse, call.nq, call.h, blocks, splits, split_stride,
             lse_stride, *heads.stride()[:3], DV=call.dv, BV=width, BR=block, num_warps=4,
         )  # fmt: skip
-
-
-def _mask_kind(mask: Tensor | None) -> int:
-    if mask is None:
-        return NO_MASK
-    return BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
-
-
-def _broadcast_strides(rows: Tensor) -> tuple[int, int]:
-    """Of batch and heads, 0 where they share their intervals."""
-    batch, head = (0 if n == 1 else s for n, s in zip(rows.shape[:2], rows.stride()[:2]))
-    return batch, head
-
-
-def piece_options(call: Call) -> dict[str, int]:
-    """The head dims as the kernels are compiled for them."""
-    names = ("D", "D0", "D1", "D2", "DV", "V0", "V1", "V2")
-    values = (call.d, *call.pieces, call.dv, *call.value_pieces)
-    return dict(zip(names, values, strict=True))
 
 
 # --- gradients ---

@@ -217,11 +217,13 @@ def attention_varlen(
                 f"attention_varlen: {name} is {type(cu_seqlens).__name__}, expected an int32 "
                 "tensor of shape (segments + 1,)"
             )
-    _check_on_demand("attention_varlen", query, key, cu_seqlens_q, cu_seqlens_k, rope)
     options = _options("attention_varlen", is_causal, window, scale, softcap, rope, q_norm, k_norm)
     args = (query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, *options)
     if chosen in ("reference", "triton"):
         _check_reference("attention_varlen", *args)
+    elif chosen == "cuda" and _may_read(cu_seqlens_q):
+        rows = (query.shape[0], key.shape[0])
+        _check_seqlens("attention_varlen", cu_seqlens_q, cu_seqlens_k, *rows, rope is not None)
     if chosen == "reference":
         return reference.attention_varlen(
             query,
@@ -240,16 +242,6 @@ def attention_varlen(
         )
     out, lse = _forward("attention_varlen", chosen, args)
     return (out, lse) if return_lse else out
-
-
-def _check_on_demand(
-    op: str, query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor, rope: Rope | None
-) -> None:
-    """What the CPU's kernels always check. Waits for the device, and only where VLM_CHECK=1 asks
-    for it."""
-    if query.is_cpu or torch.compiler.is_compiling() or config.get("VLM_CHECK") != "1":
-        return
-    _check_seqlens(op, cu_q, cu_k, query.shape[0], key.shape[0], rope is not None)
 
 
 def _options(
