@@ -694,8 +694,8 @@ def patch_embed_packed(
     """Tokens of S images of any sizes, one after the other: what `attention_varlen` takes.
 
     NaViT's packing (Dehghani et al., arXiv:2307.06304) without padding: patches are gathered as
-    they are, 8-bit pixels as 8 bits, and one call of `patch_embed` projects them all. The tokens of
-    an image are bit for bit those of `patch_embed` of it alone.
+    they are, 8-bit pixels as 8 bits, and one call of `patch_embed` projects them all. The kernels'
+    tokens of an image are bit for bit those of `patch_embed` of it alone.
 
     Args: as `patch_embed`, except
         images: S tensors (C, H, W), as layout="nhwc" (H, W, C), or S videos (F, C, H, W) or
@@ -720,11 +720,12 @@ def patch_embed_packed(
     step = size if stride is None else _pair("stride", stride, op)
     shifts, scales = _channels("mean", mean, op), _channels("std", std, op)
     nhwc = layout == "nhwc"
-    _check_pack(images, newline, merge)
+    _check_pack(images, newline, merge, weight.shape[0])
     grids = [
         _check_images(op, x[None], (*size, *step), nhwc, shifts, scales, rescale, merge, temporal)
         for x in images
     ]
+    firsts = _prefixes(prefix, len(grids), weight.shape[0])
     before = 0 if prefix is None else prefix.shape[-2]
     counts = [frames * gh * gw for _, frames, gh, gw in grids]
     if pos_table is not None:
@@ -740,7 +741,6 @@ def patch_embed_packed(
                 f"{op}: pos has shape {tuple(pos.shape)}, expected {sum(counts)} rows, those of "
                 f"all patches, and {before} more for each of {len(counts)} prefixes or none"
             )
-    firsts = _prefixes(prefix, len(counts), weight.shape[0])
     ends = [0]
     for (_, frames, gh, _), count in zip(grids, counts):
         ends.append(ends[-1] + before + count + (frames * gh if newline is not None else 0))
@@ -792,7 +792,9 @@ def patch_embed_packed(
     return tokens, _cu_seqlens(ends, tokens.device)
 
 
-def _check_pack(images: Sequence[Tensor], newline: Tensor | None, merge: int) -> None:
+def _check_pack(
+    images: Sequence[Tensor], newline: Tensor | None, merge: int, embed_dim: int
+) -> None:
     op = "patch_embed_packed"
     if not isinstance(images, (list, tuple)) or not all(isinstance(x, Tensor) for x in images):
         raise TypeError(f"{op}: images are {type(images).__name__}, expected a list of tensors")
@@ -806,7 +808,11 @@ def _check_pack(images: Sequence[Tensor], newline: Tensor | None, merge: int) ->
                 "expected all with three dimensions, or as videos with four, of one dtype and on "
                 f"one device; image 0 has shape {tuple(first.shape)} and is {first.dtype}"
             )
-    if newline is not None and merge > 1:
+    if newline is None:
+        return
+    if newline.shape != (embed_dim,):
+        raise ValueError(f"{op}: newline has shape {tuple(newline.shape)}, expected ({embed_dim},)")
+    if merge > 1:
         raise ValueError(f"{op}: newline came with merge = {merge}; blocks of tokens have no rows")
 
 
