@@ -108,6 +108,34 @@ def test_pixels_and_what_stands_around_them(backend: str) -> None:
     assert_close("tokens", tokens, by_hand(torch.float32), by_hand(torch.float64))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_the_stems_of_qwen2_vl_and_siglip2(backend: str) -> None:
+    """From 8-bit pixels what transformers makes of its own patches, where a still is two frames."""
+    hf = pytest.importorskip(
+        "transformers", minversion="5.23", reason="needs transformers >= 5.23"
+    ).models
+    pixels = torch.randint(0, 256, (3, 56, 84), dtype=torch.uint8)
+    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (MEAN, STD))
+    image = ((pixels / 255.0).double() - mean) / std
+    qwen = hf.qwen2_vl.modeling_qwen2_vl.PatchEmbed(14, 2, 3, 32)
+    processor = hf.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil()
+    patches = torch.from_numpy(processor.patchify(image.numpy(), 14, 2, 2)[0])
+    norm: dict[str, Any] = {"mean": MEAN, "std": STD, "backend": backend}
+    made = PatchEmbed.from_conv3d(qwen.proj, merge=2, **norm)
+    exact = conv_tokens(copy.deepcopy(qwen.proj).double(), patches.double().view(-1, 3, 2, 14, 14))[
+        :, 0
+    ]
+    assert_close("Qwen2-VL", made(pixels[None])[0], qwen(patches.float()), exact)
+
+    linear = nn.Linear(588, 32)
+    convert = hf.siglip2.image_processing_pil_siglip2.convert_image_to_patches
+    patches = torch.from_numpy(convert(image.numpy(), 14))
+    tokens = PatchEmbed.from_linear(linear, 14, **norm)(pixels[None])[0]
+    exact = patches @ linear.weight.double().T + linear.bias.double()
+    assert_close("SigLIP 2", tokens, linear(patches.float()), exact)
+
+
 def test_the_parameters_are_the_layers() -> None:
     """State dicts go both ways, an optimiser of the old layer moves the new one, copies live."""
     conv = nn.Conv2d(3, 8, 4, 4)

@@ -230,7 +230,7 @@ def exact_resize(table: Tensor, grid: tuple[int, int], prefix: int = 0, **option
 
 def vit_like(hf: ModuleType, model: str) -> tuple[Any, str]:
     """A model's embeddings with a table of 16 x 16, and the name of its resizing method."""
-    sizes = {"hidden_size": E, "image_size": 64, "patch_size": 4}
+    sizes: dict[str, Any] = {"hidden_size": E, "image_size": 64, "patch_size": 4}
     classes = {
         "vit": ("ViTConfig", "ViTEmbeddings"),
         "clip": ("CLIPVisionConfig", "CLIPVisionEmbeddings"),
@@ -240,7 +240,11 @@ def vit_like(hf: ModuleType, model: str) -> tuple[Any, str]:
         "blip_2": ("Blip2VisionConfig", "Blip2VisionEmbeddings"),
         "flava": ("FlavaImageConfig", "FlavaImageEmbeddings"),
         "owlvit": ("OwlViTVisionConfig", "OwlViTVisionEmbeddings"),
+        "internvl": ("InternVLVisionConfig", "InternVLVisionEmbeddings"),
     }
+    if model == "internvl":
+        square = {name: [size] * 2 for name, size in sizes.items() if name != "hidden_size"}
+        sizes = {**sizes, **square, "use_absolute_position_embeddings": True}
     module = getattr(hf.models, model)
     modeling = getattr(module, f"modeling_{model}")
     name, embeddings = classes[model]
@@ -259,6 +263,7 @@ def vit_like(hf: ModuleType, model: str) -> tuple[Any, str]:
         ("blip_2", 1, False),
         ("flava", 1, False),
         ("owlvit", 1, False),
+        ("internvl", 1, False),
     ],
 )
 @torch.no_grad()

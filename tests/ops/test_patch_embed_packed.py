@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_kernels import attention_varlen, interpolate_pos_embed, patch_embed, patch_embed_packed
@@ -125,6 +126,49 @@ def test_gradients(backend: str, dtype: torch.dtype) -> None:
     ours, eager, exact = run(dtype, True), run(dtype, False), run(torch.float64, False)
     for name, *three in zip(("tokens", *leaves), ours, eager, exact):
         assert_close(name, *three, "fwd" if name == "tokens" else "bwd")
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="vlm_kernels._C is not built")
+@pytest.mark.parametrize("strides", ["channels last", "cropped", "flipped axes"])
+def test_images_in_place(strides: str) -> None:
+    """The order of pixels in memory is that of the sums: it is kept."""
+    images = [image(h, w, nhwc=strides == "channels last", dtype=torch.uint8) for h, w in SIZES]
+    if strides == "channels last":
+        images = [x.movedim(-1, 0) for x in images]
+    elif strides == "cropped":
+        images = [F.pad(x, (5, 3, 1, 7), value=9)[:, 1:-7, 5:-3] for x in images]
+    else:
+        images = [x.transpose(1, 2) for x in images]
+    weight = torch.randn(E, 3, 6, 6) * 0.1
+    options: dict[str, Any] = {"patch_size": 6, "mean": MEAN, "std": STD, "backend": "cpu"}
+    tokens, _ = patch_embed_packed(images, weight, **options)
+    alone = [patch_embed(x[None], weight, **options)[0] for x in images]
+    assert torch.equal(tokens, torch.cat(alone))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="vlm_kernels._C is not built")
+def test_compile_and_autocast() -> None:
+    images = [image(h, w, nhwc=True, dtype=torch.uint8) for h, w in SIZES]
+    weight, table, prefix = torch.randn(E, 108) * 0.1, torch.randn(26, E), torch.randn(1, E)
+
+    def call(weight: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        return patch_embed_packed(
+            *(images, weight),
+            patch_size=6,
+            layout="nhwc",
+            pos_table=table,
+            pos_mode={"mode": "bilinear", "prefix": 1},
+            prefix=prefix,
+            backend="cpu",
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for mine, eager in zip(compiled(weight, table), call(weight, table)):
+        assert torch.equal(mine, eager)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = call(weight, table)
+    assert tokens.dtype == torch.bfloat16
+    assert torch.equal(tokens, call(weight.bfloat16(), table)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

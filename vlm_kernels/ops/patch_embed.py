@@ -548,7 +548,8 @@ def interpolate_pos_embed(
     with offset=0.1 DINOv2's own code, with `antialias` DINOv2 with registers;
     mode="bilinear" with `antialias` SigLIP 2, with `align_corners` and merge=2 Qwen3-VL;
     mode="nearest" Idefics 2 and 3, SmolVLM and Phi-4, which take the table's row at i / gh of its
-    height (in their fp32 arithmetic, so that it is theirs at each boundary).
+    height (in their fp32 arithmetic, so that it is theirs at each boundary, where MiniCPM-V's
+    rounding may take the next one).
 
     Args:
         table: (n + Gh * Gw, E) or (1, n + Gh * Gw, E), floating point.
@@ -565,7 +566,8 @@ def interpolate_pos_embed(
 
     Returns:
         (n + gh * gw, E) of one grid, those of all grids one after the other; in the dtype of the
-        table, from fp64 sums, with its gradient: bitwise the same on a repeat.
+        table, from fp64 sums, with its gradient: bitwise the same on a repeat. On the table's own
+        grid it may be a view of the table.
 
     Raises:
         ValueError, TypeError: a table that is no square, a grid that is not made of positive
@@ -603,14 +605,16 @@ def interpolate_pos_embed(
                 _resampling(to, of, mode, antialias, align_corners, offset, table.device)
                 for to, of in ((gh, height), (gw, width))
             )
-            x = across @ (down @ wide.flatten(1)).unflatten(1, (width, -1))  # (gh, gw, E)
-            x = x.to(table.dtype)
+            tall = (down @ wide.flatten(1)).unflatten(1, (width, -1))  # (gh, Gw, E)
+            # In parts: fresh memory for all of it in fp64 takes longer than the products.
+            parts = [(across @ part).to(table.dtype) for part in tall.split(16)]
+            x = torch.cat(parts) if len(parts) > 1 else parts[0]  # (gh, gw, E)
         x = x.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2)
         positions[gh, gw] = x.flatten(0, 3)
-    parts = []
+    found = []
     for frames, gh, gw in grids:
-        parts += [rows[:prefix]] * (prefix > 0) + [positions[gh, gw]] * frames
-    return torch.cat(parts) if parts else rows[:0]
+        found += [rows[:prefix]] * (prefix > 0) + [positions[gh, gw]] * frames
+    return torch.cat(found) if len(found) > 1 else found[0] if found else rows[:0]
 
 
 def _grids(op: str, grid: Any, merge: int) -> list[tuple[int, int, int]]:
