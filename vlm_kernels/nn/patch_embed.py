@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.patch_embed import Pair, patch_embed
+from ..ops._patches import Pair
+from ..ops.patch_embed import patch_embed
 
 _ORDERS = ("cyx", "yxc", "ctyx")
 
