@@ -29,6 +29,7 @@ class Provider:
             to see whether a shape fits before trying it; 0 for ours.
         note: what exactly ran, such as the version of another library.
         keep: timed to the end however slow, because a target names it.
+        floor: does a part of the op only; in the ratios of a row, but never its best peer.
         patterns: the cases it is for, by what the op's `Case.takes` goes by; cuda_patterns: more of
             them, on a GPU.
         around: entered while it is called, so that a choice made for it is no part of its time.
@@ -40,6 +41,7 @@ class Provider:
     matrices: float = 0.0
     note: str = ""
     keep: bool = False
+    floor: bool = False
     patterns: tuple[str, ...] = ()
     cuda_patterns: tuple[str, ...] = ()
     around: Callable[[], AbstractContextManager[object]] = nullcontext

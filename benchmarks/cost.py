@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
@@ -112,10 +113,8 @@ def overhead(op: str) -> list[Row]:
 
 
 def _overhead(op: str) -> list[Row]:
-    module = peers.module(op)
-    function = getattr(vlm_kernels, op)
-    case = module.Case(op, "full", "fp32", **module.COST)
-    inputs = case.tensors(case.inputs())
+    inputs, keywords = peers.module(op).overhead(op)
+    function = functools.partial(getattr(vlm_kernels, op), **keywords)
     leaves = [t.clone().requires_grad_() for t in inputs]
     out = function(*leaves)
     grad = torch.ones_like(out)

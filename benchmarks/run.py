@@ -65,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add = parser.add_argument
     add("--op", choices=sorted(_OPS), default="contrastive", help="contrastive: both losses")
-    add("--group", type=_list(_GROUPS), help="of attention: its sets of shapes (default: all)")
+    add(
+        "--group",
+        type=_list(_GROUPS),
+        help="of attention or patch_embed: sets of shapes (default: all)",
+    )
     add("--mode", type=_list(_MODES), help="fwd,bwd,full (default: full; of a GPU's set its own)")
     dtypes = "fp32,bf16,fp16 (default: fp32,bf16; of attention on a GPU bf16)"
     add("--dtype", type=_list(roofline.DTYPES), help=dtypes)
@@ -161,6 +165,7 @@ def finish(rows: Sequence[Row], limits: roofline.Roofline) -> None:
             continue
         assert row.flops is not None
         assert row.bytes is not None
+        assert row.op is not None
         assert row.dtype is not None
         seconds = row.ms / 1e3
         row.tflops, row.gbps = row.flops / seconds / 1e12, row.bytes / seconds / 1e9
@@ -170,8 +175,10 @@ def finish(rows: Sequence[Row], limits: roofline.Roofline) -> None:
         rivals = [r for r in rows if not r.ours and r.ms is not None and _same_case(r, row)]
         if rivals:
             row.ratios = {r.provider: r.ms / row.ms for r in rivals if r.ms is not None}
-            row.best_peer = min(row.ratios, key=row.ratios.__getitem__)
-            row.speedup = row.ratios[row.best_peer]
+            whole = row.ratios.keys() - peers.floors(row.op)
+            if whole:
+                row.best_peer = min(whole, key=row.ratios.__getitem__)
+                row.speedup = row.ratios[row.best_peer]
         if row.eager_ms is not None:
             eager = {r.provider: r.eager_ms for r in rivals}
             row.eager_ratios = {k: v / row.eager_ms for k, v in eager.items() if v is not None}

@@ -85,6 +85,13 @@ QUICK_GPU = 2
 """Shapes of each of them that `--quick` takes."""
 ATTENTION_MEMORY = ("2x16x1024x64", "images:16x72", "prefix_lm:2x16x1024x64")
 """What `--memory` measures; there is no target."""
+_STEMS = ("16x224x224x16x768", "8x336x336x14x1024", "16x224x224x14x1152", "1x1080x1920x30x4096")
+"""ViT-B/16, CLIP ViT-L/14 at 336 pixels, SigLIP so400m, and a full screen of Fuyu."""
+PATCH_EMBED = {
+    "uint8": ("fwd", _STEMS),
+    "float": ("full", tuple(f"float:{shape}" for shape in _STEMS)),
+}
+"""Group -> what is timed, and shapes, as `--shapes` takes them."""
 SHAPES = tuple((n, d) for n in (2048, 4096, 8192) for d in (512, 768))
 TIGHT = ((8192, 512),)
 """Shapes that are also run with a workspace too small to keep the similarity."""
@@ -167,6 +174,16 @@ _ATTENTION: tuple[tuple[str, str, str, float, float, float | None, str], ...] = 
         for dtype, (geomean, floor) in (("fp32", fp32), ("bf16", bf16))
     ),
 )
+_PATCH_EMBED: tuple[tuple[str, str, float, float, str], ...] = (
+    # group, dtype, geomean, floor, peers
+    ("uint8", "fp32", 1.45, 1.35, "stem_*"),
+    ("uint8", "bf16", 1.55, 1.4, "stem_*"),
+    # at most 1.05 and 1.1 times as long as the products of ready patches alone
+    ("uint8", "fp32", 1 / 1.05, 0.0, "bare_linear"),
+    ("uint8", "bf16", 1 / 1.1, 0.0, "bare_linear"),
+    ("float", "fp32", 1.2, 1.05, "stem_conv*"),
+    ("float", "bf16", 1.4, 1.1, "stem_conv*"),
+)
 _GPU: tuple[tuple[str, float, float, str], ...] = (
     # group, geomean, floor, peers
     ("odd_dims", 1.4, 1.15, "sdpa*"),
@@ -194,6 +211,16 @@ SPEED = (
     *(
         Speed("attention", dtype, geomean, floor, share, None, ATTENTION[group], mode, group, peer)
         for group, mode, dtype, geomean, floor, share, peer in _ATTENTION
+    ),
+    *(
+        Speed(
+            *("patch_embed", dtype, geomean, floor),
+            shapes=PATCH_EMBED[group][1],
+            mode=PATCH_EMBED[group][0],
+            group=group,
+            against=peer,
+        )
+        for group, dtype, geomean, floor, peer in _PATCH_EMBED
     ),
     *(
         Speed(
@@ -335,7 +362,7 @@ def _speed(target: Speed, rows: list[Row]) -> Verdict:
 
 
 def _wanted(target: Speed) -> str:
-    parts = [f"geomean {target.geomean:g}x"] if target.geomean else []
+    parts = [f"geomean {target.geomean:.3g}x"] if target.geomean else []
     parts += [f"floor {target.floor:g}x"] if target.floor else []
     parts += [f"share {target.share:.0%}"] if target.strict and target.share else []
     return ", ".join(parts)

@@ -53,7 +53,7 @@ def passing(suite: ModuleType, row) -> list[dict[str, Any]]:
             shape=shape,
             workspace_mb=t.workspace_mb,
             speedup=t.geomean * 1.01,
-            ratios={"sdpa": 3.01, "eager_batched": 0.5},
+            ratios={"sdpa": 3.01, "eager_batched": 0.5, "stem_conv": 1.6, "bare_linear": 0.96},
             other_load=0.1,
             roofline_pct=50.0,
         )
@@ -132,6 +132,16 @@ def test_check_holds_where_every_target_does(suite: ModuleType, passing, capsys)
         ({"group": "rope_norm"}, {"status": "error", "reason": "no kernel"}, "no kernel"),
         ({"op": "clip_loss", "shape": "65536x768"}, {"ms": 42.1}, "42.1 ms"),
         ({"group": "packed"}, {"ratios": {"sdpa_mask": 1.0}}, "worst 1.00x"),
+        (
+            {"group": "uint8", "dtype": "fp32"},
+            {"ratios": {"stem_conv": 1.6, "bare_linear": 0.5}},
+            "uint8 fwd fp32 against bare_linear",
+        ),
+        (
+            {"group": "float", "dtype": "bf16"},
+            {"ratios": {"stem_conv": 1.6, "stem_conv_compile": 1.09, "stem_linear": 0.1}},
+            "float full bf16 against stem_conv*",
+        ),
         ({"group": "packed"}, {"counts": False, "backend": "reference"}, "attention packed"),
         ({"op": "siglip_loss"}, {"status": "error", "reason": "Boom: no"}, "Boom: no"),
         ({"kind": "time"}, {"speedup": None}, "no peer ran"),
@@ -341,7 +351,7 @@ def test_costs(suite: ModuleType, monkeypatch) -> None:
     monkeypatch.setattr(suite.cost, "_ROUNDS", 2)
     threads = torch.get_num_threads()
     names = ["call, no gradients", "call, gradients", "call and backward"]
-    for op in ("clip_loss", "attention"):
+    for op in ("clip_loss", "attention", "patch_embed"):
         rows = suite.cost.overhead(op)
         assert torch.get_num_threads() == threads
         assert [(r.name, r.op) for r in rows] == [(name, op) for name in names]
@@ -667,3 +677,76 @@ def test_results_of_the_losses_are_still_read(suite: ModuleType, capsys) -> None
         assert {r["shape"] for r in rows if r["kind"] == "time"} >= {"2048x512", "8192x768"}
         assert suite.__main__.main(["report", str(file)]) == 0
         assert "clip_loss full bf16 4096x768" in capsys.readouterr().out
+
+
+# --- patch_embed ---
+
+STEMS = ("2x28x42x14x40", "float:3x16x48x16x24")
+
+
+@pytest.mark.parametrize("shape", STEMS)
+@pytest.mark.parametrize(("mode", "dtype"), [("full", "fp32"), ("fwd", "bf16"), ("full", "bf16")])
+def test_ours_and_the_stems_compute_the_same(
+    suite: ModuleType, shape, mode, dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of the rule, not speed
+    case = suite.peers.patch_embed.parse(shape, mode, dtype)
+    assert case.shape == shape
+    mine = [suite.peers.ours("patch_embed", None, backend) for backend in ("cpu", "reference")]
+    rivals = suite.peers.peers("patch_embed")
+    assert [p.name for p in rivals if p.floor] == ["bare_linear"]
+    for provider in [*mine, *rivals]:
+        errors, _ = suite.measure._error(case, provider, suite.measure.Settings())
+        grads = {"weight", "bias", "pos", "prefix"} if mode == "full" else set()
+        assert set(errors) == {"out"} | grads
+        assert max(errors.values()) < (2e-6 if dtype == "fp32" else 1e-2), (provider, errors)
+
+
+def test_patch_embed_has_the_shapes_of_the_targets(suite: ModuleType) -> None:
+    patch_embed, targets = suite.peers.patch_embed, suite.targets
+    for group, (mode, shapes) in targets.PATCH_EMBED.items():
+        cases = [c for c, _ in suite.run.cases(parsed(suite, f"--op patch_embed --group {group}"))]
+        assert [(c.group, c.mode, c.shape) for c in cases] == [
+            (group, mode, shape) for _ in ("fp32", "bf16") for shape in shapes
+        ]
+        for case in cases:
+            small = case.for_error(2048)
+            assert small.rows <= 2048
+            assert small.patch == case.patch
+    wanted = [t for t in targets.SPEED if t.op == "patch_embed"]
+    names = [p.name for p in suite.peers.peers("patch_embed")]
+    assert all(fnmatch.filter(names, t.against) for t in wanted)
+    case = patch_embed.parse("16x224x224x16x768", "fwd", "fp32")
+    assert case.flops == 2 * 16 * 196 * 768 * 768
+    # pixels have no gradient
+    assert patch_embed.parse("float:16x224x224x16x768", "full", "fp32").flops == 2 * case.flops
+    pixels, weight, pos, tokens = 16 * 224 * 224 * 3, 768 * 768, 197 * 768, 16 * 197 * 768
+    assert case.bytes == pixels + 4 * (weight + 2 * 768 + pos + tokens)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["--shapes 2x28x28x14", "--shapes 2x28x30x14x8", "--shapes half:2x28x28x14x8", "--group masks"],
+)
+def test_what_patch_embed_does_not_have_is_refused(suite: ModuleType, command, capsys) -> None:
+    assert suite.__main__.main(["run", "--op", "patch_embed", *command.split()]) == 2
+    assert "--shapes" in capsys.readouterr().err
+
+
+def test_run_of_patch_embed(suite: ModuleType, tmp_path, monkeypatch, capsys) -> None:
+    limits = suite.roofline.Roofline({"bf16": 1e12}, {"bf16": "mm"}, 1e11)
+    monkeypatch.setattr(suite.roofline, "measure", lambda *_: limits)
+    file = str(tmp_path / "rows.jsonl")
+    command = f"run --op patch_embed --mode fwd,full --dtype bf16 --shapes {','.join(STEMS)}"
+    command += f" --repeats 2 --min-time 0 --peers stem_conv,bare_linear --json {file} --quick"
+    assert suite.__main__.main(command.split()) == 0
+    rows = suite.record.read(file)
+    assert len(rows) == 2 * 2 * 3
+    for r in rows:
+        assert (r["status"], r["reason"]) == ("ok", "")
+        assert r["samples"] == 2
+        assert r["counts"] == (r["ours"] and r["backend"] == "cpu")
+        # the floor is beside, and never the best: it does a part of the work
+        assert r["best_peer"] == "stem_conv"
+        assert set(r["ratios"]) == {"stem_conv", "bare_linear"}
+    assert "patch_embed float full bf16 float:3x16x48x16x24" in capsys.readouterr().out

@@ -5,12 +5,16 @@ from __future__ import annotations
 from types import ModuleType
 
 from ..case import FALLBACKS, OURS, Provider
-from . import attention, contrastive
+from . import attention, contrastive, patch_embed
 
 __all__ = ["FALLBACKS", "MODULES", "OPS", "OURS", "Provider", "choose", "module", "named", "ours"]
 
-MODULES: dict[str, ModuleType] = {"contrastive": contrastive, "attention": attention}
-"""Each has OPS, MODES, SHAPES, AXES, GROUPS, COST, Case, cases, memory_cases, peers and ours."""
+MODULES: dict[str, ModuleType] = {
+    "contrastive": contrastive,
+    "attention": attention,
+    "patch_embed": patch_embed,
+}
+"""Each has OPS, MODES, SHAPES, AXES, GROUPS, Case, overhead, cases, memory_cases, peers, ours."""
 OPS = tuple(op for module in MODULES.values() for op in module.OPS)
 
 
@@ -22,6 +26,11 @@ def module(op: str) -> ModuleType:
 def peers(op: str) -> list[Provider]:
     """Every peer of an op."""
     return module(op).peers(op)
+
+
+def floors(op: str) -> set[str]:
+    """Names of peers that do only a part of the op."""
+    return {peer.name for peer in peers(op) if peer.floor}
 
 
 def choose(op: str, names: str) -> list[Provider]:

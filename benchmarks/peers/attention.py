@@ -36,8 +36,6 @@ SHAPES = (
 )
 AXES = "B x H x N (x M) x D"
 GROUPS = (*targets.ATTENTION, *targets.ATTENTION_GPU)
-COST = {"pattern": "", "b": 1, "h": 1, "n": 1, "m": 1, "d": 8}
-"""Sizes of the case that the overhead of a call is measured on."""
 WINDOW = 64
 """Tokens of a window of Qwen2.5-VL's vision tower: 8 x 8 patches."""
 IMAGES = (64, 1024, 100, 576, 144, 324, 64, 729, 256, 196, 400, 64, 484, 144, 100, 196)
@@ -304,6 +302,12 @@ class Case(case.Case):
 
 
 # --- what is run ---
+
+
+def overhead(op: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Arguments of the call that the overhead is measured on."""
+    inputs = Case(op, "full", "fp32", "", 1, 1, 1, 1, 8).inputs()
+    return [inputs.query, inputs.key, inputs.value], {}
 
 
 def cases(args: argparse.Namespace, ops: Iterable[str]) -> list[tuple[Case, list[int | None]]]:

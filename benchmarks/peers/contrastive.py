@@ -31,8 +31,6 @@ MODES = ("fwd", "full")
 SHAPES = "NxD or NxMxD"
 AXES = "N x D"
 GROUPS = ("",)
-COST = {"n": 4, "m": 4, "d": 16}
-"""Sizes of the case that the overhead of a call is measured on."""
 # A trained CLIP and a trained SigLIP.
 _SCALES: dict[str, tuple[float, float | None]] = {
     "clip_loss": (100.0, None),
@@ -137,6 +135,11 @@ def _present(inputs: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 # --- what is run ---
+
+
+def overhead(op: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Arguments of the call that the overhead is measured on."""
+    return _present(Case(op, "full", "fp32", 4, 4, 16).inputs()), {}
 
 
 def cases(args: argparse.Namespace, ops: Iterable[str]) -> list[tuple[Case, list[int | None]]]:

@@ -113,6 +113,11 @@ class Backward {
   // --- dW' and the sums of dY ---
 
   void sums() {
+    if (tokens_ == 0) {  // videos without frames: no block begins the sums
+      std::memset(bias_, 0, kPaddings * embed_ * sizeof(float));
+      if (grads_.weight) std::memset(weight_, 0, embed_ * panels_ * kPanel * sizeof(float));
+      return;
+    }
     const int64_t step = kPerWord<T>;
     for (int64_t first = 0; first < tokens_; first += kTokens) {
       const int64_t count = min(kTokens, tokens_ - first);

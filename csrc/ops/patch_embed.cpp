@@ -2,6 +2,7 @@
 #include "ops/patch_embed.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -273,6 +274,12 @@ struct RowGrad {
   }
 };
 
+// The gradient that lies as torch's own would: without the gaps of a view.
+Tensor as_like(const Tensor& grad, const Tensor& images) {
+  if (grad.strides() == images.strides() && images.is_non_overlapping_and_dense()) return grad;
+  return at::empty_like(images).copy_(grad);
+}
+
 // -> gradients in the order of PatchEmbedNeed; (0,) where not needed.
 [[maybe_unused]] PatchEmbedBwdResult patch_embed_bwd(const Tensor& grad, VLM_PATCH_EMBED_PARAMS,
                                                      int64_t needs) {
@@ -285,7 +292,7 @@ struct RowGrad {
   const bool need_images = needs & kNeedImages && images.scalar_type() != at::kByte;
   const Call call(a);
   const Tensor nothing = at::empty({0}, weight.options());
-  // Strides of the images as the kernel reads them, which a copy with gaps would not have.
+  // Strides of the images as the kernel reads them.
   const Tensor grad_images =
       need_images
           ? at::empty_strided(call.images().sizes(), call.images().strides(), images.options())
@@ -312,7 +319,7 @@ struct RowGrad {
     cpu::patch_embed_bwd(call.in, {g.const_data_ptr(), g.stride(0), g.stride(1)}, grads,
                          scratch.mutable_data_ptr());
   }
-  return {grad_images,
+  return {need_images ? as_like(grad_images, images) : nothing,
           grad_weight,
           of_bias.as(bias, grad),
           of_pos.as(pos, grad),

@@ -265,8 +265,10 @@ def check_images(
             f"{op}: images are {gh} x {gw} patches, which blocks of merge = {merge} do not cover"
         )
     for name, values in (("mean", mean), ("std", std)):
-        if values and (len(values) != channels or (name == "std" and 0.0 in values)):
+        fits = not values or len(values) == channels
+        if not (fits and all(map(math.isfinite, values)) and (name == "mean" or 0.0 not in values)):
             raise ValueError(
-                f"{op}: {name} is {values}, expected a number for each of the {channels} channels"
+                f"{op}: {name} is {values}, expected a finite number for each of the {channels} "
+                f"channels{' other than 0' * (name == 'std')}"
             )
     return channels, frames // temporal, gh, gw

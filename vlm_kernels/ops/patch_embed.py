@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -113,24 +114,26 @@ def patch_embed(
     )
     if _choose(images, weight, backend) == "reference":
         _check_reference(args)
-        return reference.patch_embed(
-            images,
-            weight,
-            bias,
-            patch_size=size,
-            stride=step,
-            layout=layout,
-            k_order=k_order,
-            mean=mean,
-            std=std,
-            rescale=rescale,
-            pos=pos,
-            prefix=prefix,
-            newline=newline,
-            merge=merge,
-            temporal=temporal,
-            pad_space=pad_space,
-        )
+        # what is cast is cast: its own products are wider than the weight
+        with _no_autocast(images.device.type):
+            return reference.patch_embed(
+                images,
+                weight,
+                bias,
+                patch_size=size,
+                stride=step,
+                layout=layout,
+                k_order=k_order,
+                mean=mean,
+                std=std,
+                rescale=rescale,
+                pos=pos,
+                prefix=prefix,
+                newline=newline,
+                merge=merge,
+                temporal=temporal,
+                pad_space=pad_space,
+            )
     if torch.compiler.is_compiling():
         return torch.ops.vlm_kernels.patch_embed_fwd(*args)
     try:
@@ -197,6 +200,8 @@ def _check_reference(args: tuple[Any, ...]) -> None:
             continue
         if x.device != images.device:
             raise ValueError(f"patch_embed: {name} is on {x.device}, images on {images.device}")
+        if not x.is_floating_point():
+            raise TypeError(f"patch_embed: {name} is {x.dtype}, expected floating point")
         fits = x.shape == (e,)
         if rows is not None:
             fits = x.dim() in (2, 3) and x.shape[-1] == e and x.shape[-2] in rows
@@ -216,6 +221,12 @@ def _autocast(x: Any) -> Any:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _choose(images: Any, weight: Any, backend: str) -> str:

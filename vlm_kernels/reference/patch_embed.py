@@ -63,7 +63,7 @@ def patch_embed(
     if newline is not None:
         ends = newline.to(wide).expand(b, frames, gh, 1, e)
         tokens = torch.cat([tokens, ends], 3)
-    tokens = tokens.reshape(b, -1, e)
+    tokens = tokens.reshape(b, frames * gh * tokens.shape[3], e)
     if prefix is not None:
         first = prefix.to(wide).expand(b, -1, -1)
         if position is not None and position.shape[1] > frames * gh * gw:
@@ -139,7 +139,7 @@ def _patches(
     else:
         x = F.pad(normalised(x), (0, right, 0, down))
     step = 1 if still else temporal
-    x = x.unflatten(1, (-1, step))  # (B, frames, T, C, H, W)
+    x = x.unflatten(1, (x.shape[1] // step, step))  # (B, frames, T, C, H, W)
     x = x.unfold(-2, py, sy).unfold(-2, px, sx)  # (B, frames, T, C, gh, gw, Py, Px)
     x = x.permute(0, 1, 4, 5, 2, 3, 6, 7)
     return x, (x.shape[1], x.shape[2], x.shape[3])
