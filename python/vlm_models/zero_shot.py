@@ -14,7 +14,7 @@ TEMPLATES = ("a photo of a {}.",)
 def class_embeddings(
     encode_text: Callable[[Tensor], Tensor],
     tokenize: Callable[[list[str]], Tensor],
-    names: Sequence[str],
+    names: Sequence[str | Sequence[str]],
     templates: Sequence[str] = TEMPLATES,
 ) -> Tensor:
     """One vector a class: its captions, embedded, normalised, averaged, normalised again.
@@ -22,7 +22,7 @@ def class_embeddings(
     Args:
         encode_text: token ids (N, L) -> (N, D), such as `CLIP.encode_text`.
         tokenize: captions -> token ids (N, L).
-        names: of C classes.
+        names: of C classes; one may have several, as ("seven", "7").
         templates: captions with {} in place of the name, used for every class.
 
     Returns:
@@ -39,7 +39,8 @@ def class_embeddings(
         )
     rows = []
     for name in names:
-        captions = [template.format(name) for template in templates]
+        synonyms = [name] if isinstance(name, str) else name
+        captions = [template.format(word) for template in templates for word in synonyms]
         rows.append(F.normalize(encode_text(tokenize(captions)), dim=-1).mean(dim=0))
     return F.normalize(torch.stack(rows), dim=-1)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vlm_models
+from vlm_kernels.testing.tolerances import MODELS, relative_error
 from vlm_models import CLIP, CLIPConfig, SigLip, SigLipConfig, ViT, ViTConfig
 from vlm_models.checkpoints import Pretrained, convert
 
@@ -24,7 +25,7 @@ def names(model: Pretrained) -> dict[str, Tensor]:
     found = {}
     for ours, x in model.state_dict().items():
         missing = convert(model.NAMES, [ours], {}).missing
-        found.update(zip(missing, x.chunk(len(missing))))
+        found.update(zip(missing, x.chunk(len(missing)) if len(missing) > 1 else [x]))
     return found
 
 
@@ -149,33 +150,20 @@ def test_training_starts(model: Any, config: Any) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_state_dict_of_bfloat16_and_autocast() -> None:
-    model = CLIP(CLIPConfig.tiny())
-    images, ids = torch.randn(2, 3, 28, 28), torch.randint(0, 99, (2, 9))
-    exact = model.encode_image(images)
-    with torch.autocast("cpu", torch.bfloat16):
-        near = model.encode_image(images)
-        assert model.encode_text(ids).isfinite().all()
-    assert (near.float() * exact).sum(-1).min() > 0.999
-    assert model.bfloat16().encode_image(images).dtype == torch.bfloat16
-
-
 def tokenize(captions: list[str]) -> Tensor:
     return torch.tensor([[ord(c) - 32 for c in f"{caption:<9}"] for caption in captions])
 
 
 def test_zero_shot() -> None:
-    config = dataclasses.replace(CLIPConfig.tiny(), embed_dim=8)
-    model = CLIP(config)
-    templates = ("{}", "a {}", "my {}!")
-    found = vlm_models.class_embeddings(
-        model.encode_text, tokenize, ["cat", "dog", "owl"], templates
-    )
-    text = model.encode_text(
-        tokenize([t.format(n) for n in ("cat", "dog", "owl") for t in templates])
-    )
-    exact = F.normalize(text.double().view(3, 3, -1).mean(1), dim=-1)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    model = CLIP(dataclasses.replace(CLIPConfig.tiny(), embed_dim=8))
+    names, templates = ["cat", ("dog", "hound"), "owl"], ("{}", "a {}", "{}!")
+    found = vlm_models.class_embeddings(model.encode_text, tokenize, names, templates)
+    rows = []
+    for words in (["cat"], ["dog", "hound"], ["owl"]):
+        text = model.encode_text(tokenize([t.format(w) for w in words for t in templates]))
+        rows.append(F.normalize(text.double().mean(0), dim=-1))
+    exact = torch.stack(rows)
+    assert relative_error(found, exact) <= MODELS["fwd"]
     near = F.normalize(exact[[2, 0, 0, 1]] + 1e-3, dim=-1).float()
     assert vlm_models.classify(near, found).tolist() == [2, 0, 0, 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlm_kernels.testing.tolerances import assert_close
 from vlm_models import CLIP, CLIPConfig
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="the peer")
@@ -103,6 +105,21 @@ def test_pixels_channels_last() -> None:
         lambda model: ours(model, images.permute(0, 2, 3, 1).contiguous(), ids, "nhwc"),
         lambda model, dtype: theirs(model, processed.to(dtype), ids),
     )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(autocast: bool) -> None:
+    peer, images, ids = clip(), torch.randn(5, 3, 28, 28), texts()
+    exact = theirs(copy.deepcopy(peer).double(), images.double(), ids)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    peer = peer.to(dtype)
+    model = CLIP.from_hf(peer)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        eager = theirs(peer, images.to(dtype), ids)
+        mine = ours(model, images.to(dtype), ids)
+    assert mine["image"].dtype == torch.bfloat16
+    for name in ("image", "text", "image tokens", "text tokens"):
+        assert_close(name, mine[name], eager[name], exact[name])
 
 
 def test_mean_and_std_are_openais() -> None:
