@@ -1,7 +1,7 @@
 """Trains a small CLIP on handwritten digits twice, from the same seed and the same batches.
 
-Once with the loss in plain PyTorch, once with vlm_kernels' drop-in for it. Then compares the two,
-at this size and at a large batch, and draws a picture:
+Once in plain PyTorch, once with the patch embedding, the attention and the loss of vlm_kernels.
+Then compares the two, the losses alone also at a large batch, and draws a picture:
 
     python examples/train_digits.py [--loss siglip] [--no-large]
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from digits_clip import report
 from digits_clip.data import Tokenizer, batches, load_images
 from digits_clip.losses import OURS, PLAIN
 from digits_clip.measure import LARGE_DIM, LARGE_N, large_batch_cost
-from digits_clip.model import CLIP, EMBED_DIM
+from digits_clip.model import EMBED_DIM, build, in_plain_pytorch
 from digits_clip.training import Training
 from tqdm import tqdm
 
@@ -61,12 +60,9 @@ def main(argv: list[str] | None = None) -> int:
 
     images, labels, test_images, test_labels = load_images()
     tokenizer = Tokenizer()
-    if args.loss == "clip":
-        model = CLIP(tokenizer, logit_scale=1 / 0.07, logit_bias=None)
-    else:
-        # -10 in the paper, for batches of 32768: about -log(batch), the odds of a random pair
-        model = CLIP(tokenizer, logit_scale=10.0, logit_bias=-math.log(args.batch))
-    plain = Training("plain PyTorch", copy.deepcopy(model), PLAIN[args.loss], args.steps)
+    model = build(args.loss, tokenizer, args.batch)
+    plain_model = in_plain_pytorch(copy.deepcopy(model))
+    plain = Training("plain PyTorch", plain_model, PLAIN[args.loss], args.steps)
     ours = Training("vlm_kernels", model, OURS[args.loss], args.steps)
 
     stream = batches(images, labels, tokenizer, steps=args.steps, batch=args.batch, seed=args.seed)

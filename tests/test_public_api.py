@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vlm_kernels
 from vlm_kernels import _load, nn
@@ -26,9 +27,14 @@ PUBLIC = [
     "collect_env",
     "empty_cache",
     "explain",
+    "fold_normalization",
     "image_blocks",
+    "interpolate_pos_embed",
     "mrope",
     "nn",
+    "patch_embed",
+    "patch_embed_packed",
+    "patchify",
     "per_image_cross_attention",
     "prefix_lm",
     "register_attention",
@@ -46,6 +52,18 @@ CONTRASTIVE = [
     ("logit_scale", REQUIRED),
     ("logit_bias", None),
 ]
+PIXELS = [("images", REQUIRED), ("weight", REQUIRED), ("bias", None)]
+PATCHES: list[tuple[str, Any]] = [
+    ("patch_size", REQUIRED),
+    ("stride", None),
+    ("layout", "nchw"),
+    ("k_order", "cyx"),
+    ("mean", None),
+    ("std", None),
+    ("rescale", 1 / 255),
+]
+AROUND = [("prefix", None), ("newline", None)]
+GROUPED = [("merge", 1), ("temporal", 1), ("pad_space", "raw")]
 PROJECTED = [("query", REQUIRED), ("key", REQUIRED), ("value", REQUIRED)]
 SIGNATURES: list[tuple[Callable[..., Any], list[tuple[str, Any]], list[tuple[str, Any]]]] = [
     (
@@ -112,6 +130,66 @@ SIGNATURES: list[tuple[Callable[..., Any], list[tuple[str, Any]], list[tuple[str
         ],
     ),
     (
+        vlm_kernels.patch_embed,
+        PIXELS,
+        [*PATCHES, ("pos", None), *AROUND, *GROUPED, ("backend", "auto")],
+    ),
+    (
+        vlm_kernels.patch_embed_packed,
+        PIXELS,
+        [
+            *PATCHES,
+            ("pos", None),
+            ("pos_table", None),
+            ("pos_mode", "bicubic"),
+            *AROUND,
+            *GROUPED,
+            ("backend", "auto"),
+        ],
+    ),
+    (
+        vlm_kernels.patchify,
+        [("images", REQUIRED), ("patch_size", REQUIRED)],
+        [*PATCHES[1:], *GROUPED, ("dtype", torch.float32)],
+    ),
+    (
+        vlm_kernels.fold_normalization,
+        [(name, REQUIRED) for name in ("weight", "bias", "mean", "std")] + [("dtype", None)],
+        [("rescale", 1 / 255), ("k_order", "cyx")],
+    ),
+    (
+        vlm_kernels.interpolate_pos_embed,
+        [("table", REQUIRED), ("grid", REQUIRED)],
+        [
+            ("mode", "bicubic"),
+            ("antialias", False),
+            ("align_corners", False),
+            ("offset", 0.0),
+            ("prefix", 0),
+            ("merge", 1),
+            ("table_grid", None),
+        ],
+    ),
+    (
+        nn.PatchEmbed,
+        [("in_channels", 3), ("embed_dim", 768)],
+        [
+            *PATCHES[:2],
+            ("bias", True),
+            *PATCHES[2:],
+            *GROUPED,
+            ("remainder", "pad"),
+            ("backend", "auto"),
+            ("device", None),
+            ("dtype", None),
+        ],
+    ),
+    (
+        nn.PatchEmbed.forward,
+        [("self", REQUIRED), ("images", REQUIRED), ("pos", None), *AROUND],
+        [],
+    ),
+    (
         nn.Attention,
         [("dim", REQUIRED), ("num_heads", 8)],
         [
@@ -158,7 +236,7 @@ SIGNATURES: list[tuple[Callable[..., Any], list[tuple[str, Any]], list[tuple[str
 
 def test_names() -> None:
     assert sorted(vlm_kernels.__all__) == PUBLIC
-    assert sorted(nn.__all__) == ["Attention", "ClipLoss", "SigLipLoss"]
+    assert sorted(nn.__all__) == ["Attention", "ClipLoss", "PatchEmbed", "SigLipLoss"]
     for module in (vlm_kernels, nn, attention_ops):
         for name in module.__all__:
             assert hasattr(module, name), name

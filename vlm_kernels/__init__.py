@@ -29,7 +29,13 @@ from .ops.attention import (
     sliding_window,
 )
 from .ops.contrastive import clip_loss, siglip_loss
-from .ops.patch_embed import patch_embed
+from .ops.patch_embed import (
+    fold_normalization,
+    interpolate_pos_embed,
+    patch_embed,
+    patch_embed_packed,
+    patchify,
+)
 
 __all__ = [
     "__version__",
@@ -40,10 +46,14 @@ __all__ = [
     "collect_env",
     "empty_cache",
     "explain",
+    "fold_normalization",
     "image_blocks",
+    "interpolate_pos_embed",
     "mrope",
     "nn",
     "patch_embed",
+    "patch_embed_packed",
+    "patchify",
     "per_image_cross_attention",
     "prefix_lm",
     "register_attention",

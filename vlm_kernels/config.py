@@ -35,7 +35,7 @@ _TABLE = (
         "VLM_CHECK",
         "0",
         "run",
-        "1 checks the values of labels on CUDA tensors too, which waits for the device",
+        "1 checks the values of labels and cu_seqlens on CUDA tensors too, which waits for them",
         ("0", "1"),
     ),
     Variable(

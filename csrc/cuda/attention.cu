@@ -90,7 +90,7 @@ class Run {
       }
     }
     if (grads.mask) {
-      void* const own = carve_.take(mask_bwd_scratch_bytes(p_));
+      void* const own = carve_.take(mask_bwd_scratch_bytes(p_, grads));
       start([&] { return mask_bwd(p_, in_.dtype, args, grads, own, stream()); });
     }
     finish(query, in_.query, args.grad_query, grads.query, query_, p_.heads, p_.queries,

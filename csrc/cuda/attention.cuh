@@ -59,7 +59,9 @@ struct RowTransform {
   Rope rope;
   int table_rows = 0;
   int shift = 0;  // not of packed queries, whose tiles have their own
-  bool any() const { return norm.kind != HeadNorm::none || rope.cos != nullptr; }
+  __host__ __device__ bool any() const {
+    return norm.kind != HeadNorm::none || rope.cos != nullptr;
+  }
 };
 
 struct ForwardOut {
@@ -127,7 +129,7 @@ __device__ __forceinline__ float tanh_approx(float x) {
 struct Logit {
   float scale, cap, inverse_cap;
 
-  __device__ __forceinline__ explicit Logit(const Problem& p)
+  __host__ __device__ __forceinline__ explicit Logit(const Problem& p)
       : scale(p.softcap > 0.f ? p.scale : p.scale * kLog2e),
         cap(p.softcap * kLog2e),
         inverse_cap(p.softcap > 0.f ? 1.f / p.softcap : 0.f) {}
@@ -140,7 +142,7 @@ struct Logit {
   // dLogit / dProduct over the scale p.scale (natural units), given the logit without mask.
   __device__ __forceinline__ float slope(float logit) const {
     if (!capped()) return 1.f;
-    const float t = logit / cap;
+    const float t = __fdividef(logit, cap);
     return 1.f - t * t;
   }
 };
@@ -303,7 +305,7 @@ const char* long_bwd(const Problem& p, DType dtype, const BackwardArgs& args, vo
                      cudaStream_t stream);
 
 // attention_mask_bwd_sm80.cu: the gradient of an additive mask. Not of packed calls.
-int64_t mask_bwd_scratch_bytes(const Problem& p);
+int64_t mask_bwd_scratch_bytes(const Problem& p, const AttentionGrads& grads);
 const char* mask_bwd(const Problem& p, DType dtype, const BackwardArgs& args,
                      const AttentionGrads& grads, void* scratch, cudaStream_t stream);
 

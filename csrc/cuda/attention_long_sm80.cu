@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 16;
 constexpr int kMostSplits = 32;  // a lane each where they are combined
+// Up to so many last keys have a shorter step: 257, 577 and 1025 tokens are common.
+constexpr int kTailKeys = 16;
 static_assert(kWarps * kWarpRows == kTileRows);
 
 // Head dims up to D, a multiple of 16.
@@ -24,7 +26,8 @@ struct LongTraits {
   // Two tiles of keys, two of values; the queries lie in the second one of values until they are in
   // registers.
   static constexpr size_t kSharedBytes = 4 * kTile * 2;
-  static constexpr int kResident = D <= 80 ? 3 : 2;  // CTAs a multiprocessor: registers
+  // CTAs a multiprocessor: as many as registers allow without spills.
+  static constexpr int kResident = D <= 64 ? 4 : D <= 112 ? 3 : 2;
 };
 
 // Which rows a CTA takes, and how many CTAs there are.
@@ -44,9 +47,9 @@ struct Partial {
   int64_t rows;  // batch * heads * queries
 };
 
-// The query in row r of a tile.
+// The query in row r of a tile: `queries` of a head, then those of the next.
 struct TilePlaces {
-  int head, first, queries;  // `queries` of a head, then those of the next
+  int head, first, queries;
 
   __device__ __forceinline__ int head_of(int r) const { return head + r / queries; }
   __device__ __forceinline__ int query_of(int r) const { return first + r % queries; }
@@ -72,19 +75,19 @@ __device__ __forceinline__ void copy_tile(T* to, const Row& row, int count, int 
   }
 }
 
-// Products of a warp's queries and a tile of keys.
-template <int D, class T>
-__device__ __forceinline__ void multiply_keys(float (&s)[8][4], const uint32_t (&q)[D / 16][4],
+// Products of a warp's queries and the first 8 N keys of a tile.
+template <int D, int N, class T>
+__device__ __forceinline__ void multiply_keys(float (&s)[N][4], const uint32_t (&q)[D / 16][4],
                                               const T* keys) {
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
+  for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
   }
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < N / 2; ++n) {
       uint32_t b[4];
       load_b(b, keys + 16 * n * LongTraits<D>::kLd, LongTraits<D>::kLd, 16 * k);
       mma_16<T>(s[2 * n], s[2 * n + 1], q[k], b);
@@ -93,11 +96,11 @@ __device__ __forceinline__ void multiply_keys(float (&s)[8][4], const uint32_t (
 }
 
 // o += p values
-template <int D, class T>
-__device__ __forceinline__ void add_values(float (&o)[D / 8][4], const float (&p)[8][4],
+template <int D, int N, class T>
+__device__ __forceinline__ void add_values(float (&o)[D / 8][4], const float (&p)[N][4],
                                            const T* values) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < N / 2; ++k) {
     uint32_t a[4];
     as_a<T>(a, p[2 * k], p[2 * k + 1]);
 #pragma unroll
@@ -109,36 +112,57 @@ __device__ __forceinline__ void add_values(float (&o)[D / 8][4], const float (&p
   }
 }
 
-// From products to logits, -inf where a query does not see the key. Entry (n, 2 h + e) is of the
-// h-th row of this thread and of key first + 8 n + e.
-__device__ __forceinline__ void mask_tile(float (&s)[8][4], const Problem& p, const Logit& logit,
-                                          int batch, const int (&head)[2], const int (&query)[2],
+// Adds what `masked` gives for entries of type M, where a query sees the key. Entry (n, 2 h + e) is
+// of row `row` + 8 h of the tile and of key first + 8 n + e.
+template <class M, int N>
+__device__ __forceinline__ void add_mask(float (&s)[N][4], const AttentionMask& mask, int batch,
+                                         const TilePlaces& places, int row,
+                                         const Interval (&seen)[2], int first) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const M* const entries = static_cast<const M*>(mask.data) + batch * mask.batch_stride +
+                             places.head_of(row + 8 * h) * mask.head_stride +
+                             places.query_of(row + 8 * h) * mask.row_stride;
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) {
+      const int key = first + i / 2 * 8 + i % 2;
+      if (!seen[h].has(key)) continue;
+      float& x = s[i / 2][2 * h + i % 2];
+      if constexpr (std::is_same_v<M, bool>) {
+        x = entries[key] ? x : -kInfinity;
+      } else {
+        x += bias_log2(static_cast<float>(entries[key]));
+      }
+    }
+  }
+}
+
+// From products to logits, -inf where a query does not see the key; entries as in add_mask.
+template <class T, int N>
+__device__ __forceinline__ void mask_tile(float (&s)[N][4], const Problem& p, const Logit& logit,
+                                          int batch, const TilePlaces& places, int row,
                                           const Interval (&seen)[2], int first) {
   if (logit.capped()) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = logit(s[n][i]);
     }
   } else {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] *= logit.scale;
     }
   }
-  if (p.mask.kind != AttentionMask::none) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int h = i / 2, key = first + 8 * n + i % 2;
-        if (seen[h].has(key)) s[n][i] += masked(p.mask, batch, head[h], query[h], key);
-      }
-    }
+  if (p.mask.kind == AttentionMask::boolean) {
+    add_mask<bool>(s, p.mask, batch, places, row, seen, first);
+  } else if (p.mask.kind == AttentionMask::additive) {
+    if (p.mask.dtype == DType::f32) add_mask<float>(s, p.mask, batch, places, row, seen, first);
+    if (p.mask.dtype != DType::f32) add_mask<T>(s, p.mask, batch, places, row, seen, first);
   }
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
+  for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (!seen[i / 2].has(first + 8 * n + i % 2)) s[n][i] = -kInfinity;
@@ -155,15 +179,15 @@ struct RowState {
 };
 
 // From logits s * scale to probabilities relative to the largest so far.
-template <int N>
-__device__ __forceinline__ void online_softmax(float (&s)[8][4], float (&o)[N][4],
+template <int N, int V>
+__device__ __forceinline__ void online_softmax(float (&s)[N][4], float (&o)[V][4],
                                                RowState (&rows)[2], float scale) {
   float largest[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float x = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
 #pragma unroll
-    for (int n = 1; n < 8; ++n) x = fmaxf(x, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    for (int n = 1; n < N; ++n) x = fmaxf(x, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
     largest[h] = fmaxf(rows[h].largest, quad_max(x) * scale);
   }
   if (__any_sync(~0u, largest[0] > rows[0].largest || largest[1] > rows[1].largest)) {
@@ -174,7 +198,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[8][4], float (&o)[N][4
       const float factor = ptx::exp2_approx(before - rows[h].base());
       rows[h].sum *= factor;
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
+      for (int n = 0; n < V; ++n) {
         o[n][2 * h] *= factor;
         o[n][2 * h + 1] *= factor;
       }
@@ -185,7 +209,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[8][4], float (&o)[N][4
     const float base = rows[h].base();
     float sum = 0.f;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[n][2 * h + e];
@@ -198,7 +222,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[8][4], float (&o)[N][4
 }
 
 // 12 instances: 6 buckets of head dims, 2 dtypes.
-// limits: registers 255, shared 48, spills 0
+// limits: registers 255, shared 128, spills 0
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
     long_fwd_kernel(Problem p, ForwardOut to, LongPlan plan, Partial partial) {
@@ -227,22 +251,23 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
 
   T* const query_tile = shared + 3 * K::kTile;
   const auto query_row = [&](int r) {
+    if (!plan.grouped) return head_rows<T>(p.query, batch, places.head, places.first + r);
     return head_rows<T>(p.query, batch, places.head_of(r), places.query_of(r));
   };
   copy_tile<D>(query_tile, query_row, rows.count, p.head_dim);
 
-  // The keys that this thread's rows see, and those that one or all of the warp's do.
+  // The keys that this thread's rows see, and those that one or all of the warp's do, which are
+  // kept in shared memory, since registers are scarce.
   Interval seen[2];
-  int head[2], query[2];
+  const int row = warp * kWarpRows + lane / 4;  // and row + 8
   Interval some{1 << 30, -1}, all{-1, 1 << 30};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int r = warp * kWarpRows + lane / 4 + 8 * h;
+    const int r = row + 8 * h;
     seen[h] = {0, 0};
-    head[h] = places.head_of(r);
-    query[h] = places.query_of(r);
     if (r < rows.count) {
-      seen[h] = seen_keys(p, batch, head[h], query[h], rows.begin, rows.end, rows.shift);
+      seen[h] = seen_keys(p, batch, places.head_of(r), places.query_of(r), rows.begin, rows.end,
+                          rows.shift);
       all = {max(all.begin, seen[h].begin), min(all.end, seen[h].end)};
       if (!seen[h].empty()) {
         some = {min(some.begin, seen[h].begin), max(some.end, seen[h].end)};
@@ -251,13 +276,16 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
   }
   some = {__reduce_min_sync(~0u, some.begin), __reduce_max_sync(~0u, some.end)};
   all = {__reduce_max_sync(~0u, all.begin), __reduce_min_sync(~0u, all.end)};
-  __shared__ Interval of_warps[kWarps];
-  if (lane == 0) of_warps[warp] = some;
+  __shared__ Interval some_of[kWarps], all_of[kWarps];
+  if (lane == 0) {
+    some_of[warp] = some;
+    all_of[warp] = all;
+  }
   __syncthreads();
-  Interval keys = of_warps[0];
+  Interval keys = some_of[0];
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) {
-    keys = {min(keys.begin, of_warps[w].begin), max(keys.end, of_warps[w].end)};
+    keys = {min(keys.begin, some_of[w].begin), max(keys.end, some_of[w].end)};
   }
   const int wanted = max(0, keys.end - keys.begin);
   const int each = ((wanted + kTileRows - 1) / kTileRows + plan.splits - 1) / plan.splits;
@@ -268,20 +296,17 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
   RowState state[2];
   float o[D / 8][4] = {};
   if (keys.begin < keys.end) {
-    // Tile i of the keys or values, from row keys.begin + 64 i, into one of its two places.
-    const auto copy = [&](const HeadsRef& x, T* both, int i, int features) {
-      const int first = keys.begin + i * kTileRows;
+    // The tile of keys or values from row `first`.
+    const auto copy = [&](const HeadsRef& x, T* to, int first, int features) {
       if (first < keys.end) {
         const T* const from = head_rows<T>(x, batch, kv_head, first);
         const auto row = [&](int r) { return from + r * x.row_stride; };
-        copy_tile<D>(both + i % 2 * K::kTile, row, keys.end - first, features);
+        copy_tile<D>(to, row, keys.end - first, features);
       }
       ptx::cp_async_commit();  // empty groups keep the count
     };
-    T* const key_tiles = shared;
-    T* const value_tiles = shared + 2 * K::kTile;
-    copy(p.key, key_tiles, 0, p.head_dim);
-    copy(p.value, value_tiles, 0, p.value_dim);
+    copy(p.key, shared, keys.begin, p.head_dim);
+    copy(p.value, shared + 2 * K::kTile, keys.begin, p.value_dim);
     ptx::cp_async_wait<1>();
     __syncthreads();
     uint32_t q[D / 16][4];
@@ -293,43 +318,51 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
         for (int i = 0; i < 4; ++i) q[k][i] ^= 0x80008000u;
       }
     }
-#pragma unroll 1
-    for (int i = 0; keys.begin + i * kTileRows < keys.end; ++i) {
-      const int first = keys.begin + i * kTileRows;
-      const bool here = some.begin < first + kTileRows && first < some.end;  // of the warp
-      copy(p.key, key_tiles, i + 1, p.head_dim);
-      float s[8][4];
+    // A step: the first 8 N keys of the tile at `first`, which lies `at` elements into each pair.
+    const auto step = [&]<int N>(int first, int at) {
+      const T* const key_tile = shared + at;
+      const T* const value_tile = key_tile + 2 * K::kTile;
+      const bool here = some_of[warp].begin < first + kTileRows && first < some_of[warp].end;
+      copy(p.key, shared + (at ^ K::kTile), first + kTileRows, p.head_dim);
+      float s[N][4];
       if (here) {
-        multiply_keys<D>(s, q, key_tiles + i % 2 * K::kTile);
-        const bool whole = all.begin <= first && first + kTileRows <= all.end;
+        multiply_keys<D>(s, q, key_tile);
+        const bool whole = all_of[warp].begin <= first && first + 8 * N <= all_of[warp].end;
         const bool plain = whole && p.mask.kind == AttentionMask::none && !logit.capped();
-        if (!plain) mask_tile(s, p, logit, batch, head, query, seen, first + lane % 4 * 2);
+        if (!plain) mask_tile<T>(s, p, logit, batch, places, row, seen, first + lane % 4 * 2);
         online_softmax(s, o, state, plain ? logit.scale : 1.f);
       }
       ptx::cp_async_wait<1>();
       __syncthreads();  // the values have landed; the place of the next ones is free
-      copy(p.value, value_tiles, i + 1, p.value_dim);
-      if (here) add_values<D>(o, s, value_tiles + i % 2 * K::kTile);
+      copy(p.value, shared + 2 * K::kTile + (at ^ K::kTile), first + kTileRows, p.value_dim);
+      if (here) add_values<D>(o, s, value_tile);
       ptx::cp_async_wait<1>();
       __syncthreads();  // likewise the keys
+    };
+    int first = keys.begin, at = 0;
+#pragma unroll 1
+    for (; first + kTailKeys < keys.end; first += kTileRows, at ^= K::kTile) {
+      step.template operator()<kTileRows / 8>(first, at);
     }
+    if (first < keys.end) step.template operator()<kTailKeys / 8>(first, at);
   }
   ptx::cp_async_wait<0>();  // of queries that met no key
   __syncthreads();
 
-  T* const out_tile = shared + warp * kWarpRows * K::kLd;  // of this warp alone
+  T* const out_tile = shared;  // each warp writes and reads its own rows
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float sum = quad_sum(state[h].sum);
     const bool none = sum == 0.f;
     const float inverse = 1.f / sum;
     const float lse = none ? -kInfinity : state[h].largest + log2f(sum);
-    const int r = lane / 4 + 8 * h;
-    const bool mine = warp * kWarpRows + r < rows.count;
-    const int64_t row = (static_cast<int64_t>(batch) * p.heads + head[h]) * p.queries + query[h];
-    const int64_t at = split * partial.rows + row;
+    const int r = row + 8 * h;
+    const bool mine = r < rows.count;
+    const int64_t head = static_cast<int64_t>(batch) * p.heads + places.head_of(r);
+    const int64_t at = head * p.queries + places.query_of(r);
+    const int64_t part = split * partial.rows + at;
     if (mine && lane % 4 == 0) {
-      *(plan.splits > 1 ? partial.lse + at : to.lse + row) = plan.splits > 1 ? lse : lse * kLn2;
+      *(plan.splits > 1 ? partial.lse + part : to.lse + at) = plan.splits > 1 ? lse : lse * kLn2;
     }
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
@@ -339,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
       if (plan.splits == 1) {
         *reinterpret_cast<uint32_t*>(out_tile + r * K::kLd + c) = ptx::pack<T>(x, y);
       } else if (mine && !none && c < p.value_dim) {
-        *reinterpret_cast<float2*>(partial.out + at * p.value_dim + c) = make_float2(x, y);
+        *reinterpret_cast<float2*>(partial.out + part * p.value_dim + c) = make_float2(x, y);
       }
     }
   }
@@ -347,18 +380,17 @@ __global__ void __launch_bounds__(kThreads, LongTraits<D>::kResident)
   __syncwarp();
 #pragma unroll
   for (int i = lane; i < kWarpRows * D / 8; i += 32) {
-    const int r = i / (D / 8), c = i % (D / 8) * 8, tile_row = warp * kWarpRows + r;
-    if (tile_row < rows.count && c < p.value_dim) {
-      T* const row =
-          head_rows<T>(to.out, batch, places.head_of(tile_row), places.query_of(tile_row));
-      *reinterpret_cast<uint4*>(row + c) =
+    const int r = warp * kWarpRows + i / (D / 8), c = i % (D / 8) * 8;
+    if (r < rows.count && c < p.value_dim) {
+      T* const out = head_rows<T>(to.out, batch, places.head_of(r), places.query_of(r));
+      *reinterpret_cast<uint4*>(out + c) =
           *reinterpret_cast<const uint4*>(out_tile + r * K::kLd + c);
     }
   }
 }
 
 // A warp a row: the splits' results, weighted by their sums and added in their order. 2 instances.
-// limits: registers 64, shared 0, spills 0
+// limits: registers 40, shared 0, spills 0
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(Problem p, ForwardOut to, int splits, Partial partial) {
@@ -409,17 +441,20 @@ int multiprocessors() {
 
 // How often the keys of a tile are split: where the device would not be full otherwise, so that it
 // is twice over, each split has two tiles of keys, and what is saved is worth a second launch.
-int splits_of(const Problem& p, int64_t tiles) {
+int splits_of(const Problem& p, int64_t heads) {
   constexpr int64_t kLeastTiles = 2;
   constexpr int64_t kLaunchTiles = 4;  // an estimate
-  const int64_t segments = p.packed() ? p.query_tile_count - 1 - ceil_div(p.queries, kTileRows) : 1;
-  int64_t keys = ceil_div(p.keys, max(segments, int64_t{1}));
+  const int64_t query_tiles = ceil_div(p.queries, kTileRows);
+  // Of packed rows the host knows their number only: as if segments were of one length.
+  const int64_t segments =
+      p.packed() ? max(p.query_tile_count - 1 - query_tiles, int64_t{1}) : p.batch;
   const int64_t reach = int64_t{p.window_left} + p.window_right + kTileRows;
-  keys = min(keys, reach);
+  const int64_t keys = min(p.packed() ? ceil_div(p.keys, segments) : p.keys, reach);
   const int64_t key_tiles = ceil_div(keys, kTileRows);
-  const int64_t idle = multiprocessors();
-  if (tiles >= idle) return 1;
-  const int64_t splits = min(min(2 * idle / tiles, key_tiles / kLeastTiles), int64_t{kMostSplits});
+  const int64_t ctas = heads * (p.packed() ? max(query_tiles, segments) : p.batch * query_tiles);
+  const int64_t device = multiprocessors();
+  if (ctas >= device) return 1;
+  const int64_t splits = min(min(2 * device / ctas, key_tiles / kLeastTiles), int64_t{kMostSplits});
   if (splits < 2 || key_tiles - ceil_div(key_tiles, splits) < kLaunchTiles) return 1;
   return static_cast<int>(splits);
 }
@@ -430,7 +465,7 @@ LongPlan plan_of(const Problem& p) {
   plan.tiles = p.query_tile_count;
   plan.heads = plan.grouped ? p.heads / p.group : p.heads;
   plan.negate = p.scale < 0.f;
-  plan.splits = splits_of(p, int64_t{plan.tiles} * plan.heads * p.batch);
+  plan.splits = splits_of(p, plan.heads);
   return plan;
 }
 

@@ -1,6 +1,8 @@
 // Normalisation and rotation of rows of heads, a row by a warp.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/attention.cuh"
 
 namespace vlm::cuda {
@@ -46,8 +48,9 @@ struct RowLane {
     float2 of[kPairs];  // 0 outside of the row
   };
 
-  template <class T>
-  __device__ __forceinline__ Pairs read(const T* row) const {
+  // `row[i]` is feature i: a pointer, or what knows where the features of a row lie.
+  template <class Row>
+  __device__ __forceinline__ Pairs read(const Row& row) const {
     Pairs x = {};
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
@@ -57,8 +60,9 @@ struct RowLane {
   }
 
   // Also zeros up to `padded` features, a multiple of 2.
-  template <class T>
-  __device__ __forceinline__ void write(T* row, const Pairs& x, int padded) const {
+  template <class Row>
+  __device__ __forceinline__ void write(const Row& row, const Pairs& x, int padded) const {
+    using T = std::remove_cvref_t<decltype(row[0])>;
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
       if (2 * pair(k) >= padded) continue;

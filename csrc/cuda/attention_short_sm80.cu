@@ -35,6 +35,24 @@ __device__ __forceinline__ int in_slice(int row, int chunk) {
   return row * 16 + (chunk ^ (row / 4 % 2)) * 8;
 }
 
+// One of them, by its features.
+template <class T>
+struct SlicedRow {
+  T* rows;
+  int slice, row;
+  __device__ __forceinline__ T& operator[](int feature) const {
+    return rows[feature / 16 * slice + in_slice(row, feature / 8 % 2) + feature % 8];
+  }
+};
+
+// Normalises and rotates rows [first, end) where they lie, by a warp.
+template <class T>
+__device__ __forceinline__ void transform_sliced(T* rows, int slice, const RowLane& lane, int batch,
+                                                 int shift, int first, int end) {
+  const auto at = [&](int r) { return SlicedRow<T>{rows, slice, r}; };
+  transform_rows<4>(lane, batch, shift, first, end, lane.dim, at, at);
+}
+
 // This lane's row of an ldmatrix, of a tile of 16 rows: as A, or as B where the rows are summed
 // over; and as B where the rows are columns of the product.
 __device__ __forceinline__ int lane_of_rows() {
@@ -53,6 +71,7 @@ __device__ __forceinline__ void copy_sliced(T* to, const T* from, int64_t stride
                                             int all_rows, int features, int thread, int threads) {
   const int chunks = 2 * slices(features), more_rows = threads / chunks, more = threads % chunks;
   int r = thread / chunks, c = thread % chunks;
+#pragma unroll 1
   while (r < all_rows) {
     const bool inside = r < rows && c * 8 < features;
     ptx::cp_async_16(to + c / 2 * slice_size(all_rows) + in_slice(r, c % 2),
@@ -92,6 +111,19 @@ __device__ __forceinline__ void for_tiles(int first, int last, const Body& body)
         if (first <= i && i < last) body(i);
       }
     }
+  }
+}
+
+// body(i) of the i in [kBegin, kEnd) that is j. Registers have no index, but a branch does.
+template <int kBegin, int kEnd, class Body>
+__device__ __forceinline__ void at_tile(int j, const Body& body) {
+  constexpr int kMiddle = (kBegin + kEnd) / 2;
+  if constexpr (kBegin == kMiddle) {
+    body(kBegin);
+  } else if (j < kMiddle) {
+    at_tile<kBegin, kMiddle>(j, body);
+  } else {
+    at_tile<kMiddle, kEnd>(j, body);
   }
 }
 
@@ -181,25 +213,49 @@ __device__ __forceinline__ const void* mask_row(const AttentionMask& mask, int b
   return static_cast<const char*>(mask.data) + at * size;
 }
 
-// Adds the masks of the two rows, which begin at the lane's first key, and hides what they do not
-// see.
+// Adds the masks of the two rows, which begin at the lane's first key and end after `keys`.
 template <class M>
-__device__ __forceinline__ void add_mask(TileLogits& s, const void* const (&rows)[2],
-                                         const SeenKeys& seen, int j) {
+__device__ __forceinline__ void add_mask(TileLogits& s, const void* const (&rows)[2], int keys,
+                                         int j) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      float x = -kInfinity;
-      if (seen.has(j, half, e)) {
-        const M m = static_cast<const M*>(rows[e / 2])[j * kRows + half * 8 + e % 2];
-        if constexpr (std::is_same_v<M, bool>) {
-          x = m ? s[half][e] : -kInfinity;
-        } else {
-          x = s[half][e] + bias_log2(static_cast<float>(m));
-        }
+      const int key = j * kRows + half * 8 + e % 2;
+      M m{};
+      if (key < keys) m = static_cast<const M*>(rows[e / 2])[key];
+      if constexpr (std::is_same_v<M, bool>) {
+        s[half][e] = m ? s[half][e] : -kInfinity;
+      } else {
+        s[half][e] += static_cast<float>(m);
       }
-      s[half][e] = x;
+    }
+  }
+}
+
+// Scale, softcap and mask of a tile of products; not the scale where they stay `plain`.
+template <class T>
+__device__ __forceinline__ void finish_logits(TileLogits& s, const Problem& p, bool plain,
+                                              const void* const (&mask_rows)[2], int j) {
+  if (!plain) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) s[e / 4][e % 4] *= p.scale;
+  }
+  if (p.softcap > 0.f) {
+    const float inverse = __fdividef(1.f, p.softcap);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      s[e / 4][e % 4] = p.softcap * tanh_approx(s[e / 4][e % 4] * inverse);
+    }
+  }
+  const int keys = p.keys - lane_column();
+  if (p.mask.kind == AttentionMask::boolean) {
+    add_mask<bool>(s, mask_rows, keys, j);
+  } else if (p.mask.kind == AttentionMask::additive) {
+    if (p.mask.dtype == DType::f32) {
+      add_mask<float>(s, mask_rows, keys, j);
+    } else {
+      add_mask<T>(s, mask_rows, keys, j);
     }
   }
 }
@@ -274,14 +330,15 @@ __device__ __forceinline__ Interval write_note(BlockNote& note, const Problem& p
   return {begin / kRows, count > 0 ? (end + kRows - 1) / kRows : 0};
 }
 
-// limits: registers 255, spills 0
+// limits: registers 232, spills 0
 template <class T, int kTiles>
 __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
-    attention_short_kernel(Problem p, ForwardOut out, int parts) {
+    attention_short_kernel(Problem p, RowTransform query_rows, RowTransform key_rows,
+                           ForwardOut out, int parts) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int part = blockIdx.x % parts, pair = blockIdx.x / parts, kv_heads = p.heads / p.group;
   const int batch = pair / kv_heads, key_head = pair % kv_heads;
-  const int key_rows = (p.keys + kRows - 1) / kRows * kRows, slice = slice_size(key_rows);
+  const int padded_keys = (p.keys + kRows - 1) / kRows * kRows, slice = slice_size(padded_keys);
   const int steps = slices(p.head_dim);
   T* const keys = dynamic_shared<T>();
   T* const values = keys + steps * slice;
@@ -297,25 +354,36 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
   };
   QueryBlock next{0, 0};  // a warp may have none, and goes around once for the barriers
   next.advance(warp * parts + part, p.queries);
-  copy_sliced(keys, head_rows<T>(p.key, batch, key_head, 0), p.key.row_stride, p.keys, key_rows,
+  copy_sliced(keys, head_rows<T>(p.key, batch, key_head, 0), p.key.row_stride, p.keys, padded_keys,
               p.head_dim, threadIdx.x, blockDim.x);
   load_queries(next);
   ptx::cp_async_commit();
   copy_sliced(values, head_rows<T>(p.value, batch, key_head, 0), p.value.row_stride, p.keys,
-              key_rows, p.value_dim, threadIdx.x, blockDim.x);
+              padded_keys, p.value_dim, threadIdx.x, blockDim.x);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncthreads();  // keys and the first queries have landed
+  if (key_rows.any()) {
+    const int each = (p.keys + warps - 1) / warps;
+    transform_sliced(keys, slice, RowLane(key_rows, p.head_dim, key_head), batch, key_rows.shift,
+                     warp * each, min((warp + 1) * each, p.keys));
+    __syncthreads();
+  }
 
-  const Logit logit(p);
-  // Then the scale waits for the exponential.
-  const bool plain = !logit.capped() && p.mask.kind == AttentionMask::none && logit.scale > 0.f;
-  const float factor = plain ? logit.scale : 1.f;
+  // Logits are products still, which the exponential scales, or where that would not do in natural
+  // units.
+  const bool plain = p.softcap == 0.f && p.mask.kind != AttentionMask::additive && p.scale > 0.f;
+  const float unit = plain ? p.scale : 1.f;
   bool values_landed = false;
 #pragma unroll 1
   while (true) {
     const Interval tiles = write_note(note, p, batch, key_head, next);
     const int first = tiles.begin, last = tiles.end;
+    if (query_rows.any()) {
+      transform_sliced(query, slice_size(kRows), RowLane(query_rows, p.head_dim, note.head), batch,
+                       query_rows.shift + note.first, 0, note.count);
+      __syncwarp();
+    }
     TileLogits s[kTiles];
     multiply_keys(s, query + lane_of_rows(), keys + lane_of_columns(), slice, steps, first, last);
     __syncwarp();  // the queries have been read
@@ -338,35 +406,37 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
       }
     }
     float maximum[2] = {-kInfinity, -kInfinity};
+    const bool as_is = plain && p.mask.kind == AttentionMask::none;
+#pragma unroll 1
+    for (int j = first; j < last; ++j) {
+      const bool whole = all.begin <= j * kRows && (j + 1) * kRows <= all.end;
+      if (as_is && whole) continue;
+      TileLogits x;
+      at_tile<0, kTiles>(j, [&](int i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e / 4][e % 4] = s[i][e / 4][e % 4];
+      });
+      finish_logits<T>(x, p, plain, mask_rows, j);
+      if (!whole) hide(x, seen, j);
+      at_tile<0, kTiles>(j, [&](int i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) s[i][e / 4][e % 4] = x[e / 4][e % 4];
+      });
+    }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       if (j < first || j >= last) continue;
-      if (!plain) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) s[j][e / 4][e % 4] = logit(s[j][e / 4][e % 4]);
-      }
-      if (p.mask.kind != AttentionMask::none) {
-        if (p.mask.kind == AttentionMask::boolean) {
-          add_mask<bool>(s[j], mask_rows, seen, j);
-        } else if (p.mask.dtype == DType::f32) {
-          add_mask<float>(s[j], mask_rows, seen, j);
-        } else {
-          add_mask<T>(s[j], mask_rows, seen, j);
-        }
-      } else if (j * kRows < all.begin || (j + 1) * kRows > all.end) {
-        hide(s[j], seen, j);
-      }
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         maximum[e % 4 / 2] = fmaxf(maximum[e % 4 / 2], s[j][e / 4][e % 4]);
       }
     }
 
-    float shift[2], sum[2] = {0.f, 0.f};
+    float sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float most = quad_max(maximum[i]);
-      shift[i] = most == -kInfinity ? 0.f : most * factor;
+      maximum[i] = quad_max(maximum[i]);
+      if (maximum[i] == -kInfinity) maximum[i] = 0.f;
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -374,7 +444,7 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         float& x = s[j][e / 4][e % 4];
-        x = ptx::exp2_approx(fmaf(x, factor, -shift[e % 4 / 2]));
+        x = ptx::exp2_approx((x - maximum[e % 4 / 2]) * (unit * kLog2e));
         sum[e % 4 / 2] += x;
       }
       // In place of S: other registers would be kept for it all the time.
@@ -392,7 +462,7 @@ __global__ void __launch_bounds__(ShortTraits<kTiles>::kThreads)
       if (lane % 4 == 0 && row < note.count) {
         const int64_t at = static_cast<int64_t>(batch) * p.heads + head;
         out.lse[at * p.queries + note.first + row] =
-            sum[i] == 0.f ? -kInfinity : shift[i] * kLn2 + logf(sum[i]);
+            sum[i] == 0.f ? -kInfinity : maximum[i] * unit + logf(sum[i]);
       }
     }
     if (!values_landed) {
@@ -468,7 +538,8 @@ int64_t shared_bytes(const Problem& p, int warps) {
 }
 
 template <class T, int kTiles>
-const char* launch_short(const Problem& p, const ForwardOut& out, cudaStream_t stream) {
+const char* launch_short(const Problem& p, const RowTransform& query, const RowTransform& key,
+                         const ForwardOut& out, cudaStream_t stream) {
   constexpr int kReserved = 1024;  // of shared memory, by CUDA for each CTA
   const Device device;
   int warps = 4;
@@ -488,7 +559,7 @@ const char* launch_short(const Problem& p, const ForwardOut& out, cudaStream_t s
   return launch(attention_short_kernel<T, kTiles>,
                 {dim3(static_cast<unsigned>(heads * parts)), dim3(32 * warps),
                  static_cast<size_t>(bytes), stream},
-                p, out, static_cast<int>(parts));
+                p, query, key, out, static_cast<int>(parts));
 }
 
 }  // namespace
@@ -501,8 +572,8 @@ bool short_takes(const Problem& p) {
 const char* short_fwd(const Problem& p, DType dtype, const RowTransform& query,
                       const RowTransform& key, const ForwardOut& out, cudaStream_t stream) {
   return with_tiles(p.keys, [&]<int kTiles>() {
-    return dtype == DType::bf16 ? launch_short<__nv_bfloat16, kTiles>(p, out, stream)
-                                : launch_short<__half, kTiles>(p, out, stream);
+    return dtype == DType::bf16 ? launch_short<__nv_bfloat16, kTiles>(p, query, key, out, stream)
+                                : launch_short<__half, kTiles>(p, query, key, out, stream);
   });
 }
 

@@ -84,6 +84,7 @@ __device__ __forceinline__ void multiply_stage(const T* image, const T* text, in
   }
 }
 
+// limits: registers 128, spills 0
 template <class T, class Epilogue>
 __global__ void __launch_bounds__(F::kThreads, 2)
     fused_kernel(FusedOperands x, Block block, Epilogue epilogue) {

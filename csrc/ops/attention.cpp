@@ -254,17 +254,17 @@ void check_saved(const Args& a, const Tensor& grad, const OptionalTensor& grad_l
                     " and does not belong to these queries");
 }
 
-HeadsRef input(const Tensor& x) { return heads_ref<HeadsRef>(x, x.const_data_ptr()); }
+HeadsRef heads_of(const Tensor& x) { return heads_ref<HeadsRef>(x, x.const_data_ptr()); }
 
-MutableHeadsRef output(const Tensor& x) {
+MutableHeadsRef mutable_heads(const Tensor& x) {
   return heads_ref<MutableHeadsRef>(x, x.mutable_data_ptr());
 }
 
 AttentionOperands::AttentionOperands(const Args& a, Tensor (*readable)(const Tensor&))
     : query_(readable(a.query)), key_(readable(a.key)), value_(readable(a.value)) {
-  in.query = input(query_);
-  in.key = input(key_);
-  in.value = input(value_);
+  in.query = heads_of(query_);
+  in.key = heads_of(key_);
+  in.value = heads_of(value_);
   in.dtype = feature_dtype(a.op(), "query", a.query);
   in.heads = a.heads();
   in.kv_heads = a.kv_heads();
@@ -318,7 +318,7 @@ AttentionGradients::AttentionGradients(const Args& a, int64_t needs) : a_(a) {
   const auto like = [&](const Tensor& x, int64_t need, MutableHeadsRef& ref) {
     if (!(needs & need)) return at::empty({0}, x.options());
     const Tensor grad = heads_like(x, x.size(-1), x.options());
-    ref = output(grad);
+    ref = mutable_heads(grad);
     return grad;
   };
   query_ = like(a.query, kNeedQuery, grads.query);
@@ -526,7 +526,7 @@ class Call : public AttentionOperands {
   }
   if (call.empty()) return {out, lse};
   const Tensor scratch = take_workspace({cpu::attention_scratch_bytes(call.in)}, at::kByte);
-  cpu::attention_fwd(call.in, output(out), lse.mutable_data_ptr<float>(),
+  cpu::attention_fwd(call.in, mutable_heads(out), lse.mutable_data_ptr<float>(),
                      scratch.mutable_data_ptr());
   return {out, lse};
 }
@@ -550,8 +550,8 @@ class Call : public AttentionOperands {
     const AttentionGrads& grads = gradients.grads;
     const Tensor scratch =
         take_workspace({cpu::attention_bwd_scratch_bytes(call.in, grads)}, at::kByte);
-    cpu::attention_bwd(call.in, input(g), gl.defined() ? gl.const_data_ptr<float>() : nullptr,
-                       input(o), l.const_data_ptr<float>(), grads, scratch.mutable_data_ptr());
+    cpu::attention_bwd(call.in, heads_of(g), gl.defined() ? gl.const_data_ptr<float>() : nullptr,
+                       heads_of(o), l.const_data_ptr<float>(), grads, scratch.mutable_data_ptr());
   }
   return gradients.results();
 }

@@ -130,8 +130,8 @@ struct AttentionOperands {
   Tensor norms_[4];  // weight and bias of the queries, then of the keys, fp32
 };
 
-HeadsRef input(const Tensor& x);
-MutableHeadsRef output(const Tensor& x);
+HeadsRef heads_of(const Tensor& x);
+MutableHeadsRef mutable_heads(const Tensor& x);
 
 // out, in the layout of the queries, and lse (B, H, Nq) or (H, Tq), unwritten
 AttentionFwdResult empty_results(const AttentionArgs& a);

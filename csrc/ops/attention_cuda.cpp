@@ -55,6 +55,7 @@ struct DeviceCall : AttentionOperands {
     call.window_right = a.is_causal && a.window_right != 0 ? 0 : a.window_right;
     if (a.kv_range) {
       range = a.kv_range->contiguous();
+      if (reinterpret_cast<uintptr_t>(range.const_data_ptr()) % 8) range = range.clone();
       call.range = range.const_data_ptr<int32_t>();
       call.range_batch_stride = range.size(0) == 1 ? 0 : range.stride(0);
       call.in.range_head_stride = range.size(1) == 1 ? 0 : range.stride(1);
@@ -91,8 +92,9 @@ AttentionFwdResult attention_fwd(VLM_ATTENTION_PARAMS) {
     return {out, lse};
   }
   const Tensor scratch = scratch_of(a, cuda::attention_scratch_bytes(d.call));
-  check_launched(a.op(), cuda::attention_fwd(d.call, output(out), lse.mutable_data_ptr<float>(),
-                                             scratch.mutable_data_ptr()));
+  check_launched(a.op(),
+                 cuda::attention_fwd(d.call, mutable_heads(out), lse.mutable_data_ptr<float>(),
+                                     scratch.mutable_data_ptr()));
   return {out, lse};
 }
 
@@ -115,9 +117,9 @@ AttentionBwdResult attention_bwd(const Tensor& grad, const OptionalTensor& grad_
   const AttentionGrads& grads = gradients.grads;
   const Tensor scratch = scratch_of(a, cuda::attention_bwd_scratch_bytes(d.call, grads));
   check_launched(
-      a.op(),
-      cuda::attention_bwd(d.call, input(g), gl.defined() ? gl.const_data_ptr<float>() : nullptr,
-                          input(o), l.const_data_ptr<float>(), grads, scratch.mutable_data_ptr()));
+      a.op(), cuda::attention_bwd(d.call, heads_of(g),
+                                  gl.defined() ? gl.const_data_ptr<float>() : nullptr, heads_of(o),
+                                  l.const_data_ptr<float>(), grads, scratch.mutable_data_ptr()));
   return gradients.results();
 }
 

@@ -26,26 +26,30 @@ IMAGE_SIZE = 16  # drawn at twice their 8x8 so that turning and shifting them ke
 MEAN, STD = 0.3, 0.38  # of the pixels in [0, 1]
 
 
+NAMES = [(word, str(digit)) for digit, word in enumerate(WORDS)]
+
+
 def captions_of(digit: int) -> list[str]:
     """Every caption of a digit: each template with "seven" and with "7"."""
-    return [template.format(name) for template in TEMPLATES for name in (WORDS[digit], digit)]
+    return [template.format(name) for template in TEMPLATES for name in NAMES[digit]]
 
 
 class Tokenizer:
-    """One token a word. Token 0 is padding; the vocabulary is every word of every caption."""
+    """One token a word, then the one of the highest id, which ends a caption; 0 is padding."""
 
     def __init__(self) -> None:
         captions = [caption.split() for digit in range(10) for caption in captions_of(digit)]
         words = sorted({word for caption in captions for word in caption})
         self.token_of = {word: token for token, word in enumerate(words, start=1)}
-        self.vocab_size = len(words) + 1
-        self.context_length = max(len(caption) for caption in captions)
+        self.end = len(words) + 1
+        self.vocab_size = self.end + 1
+        self.context_length = max(len(caption) for caption in captions) + 1
 
     def __call__(self, captions: list[str]) -> Tensor:
         """Captions -> token ids (N, context_length), int64."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(tokens, captions):
-            ids = [self.token_of[word] for word in caption.split()]
+            ids = [*(self.token_of[word] for word in caption.split()), self.end]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -62,12 +66,12 @@ def load_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def preprocess(images: Tensor, affine: Tensor | None = None) -> Tensor:
-    """(N, 1, 8, 8) -> (N, 1, 16, 16), normalised; `affine` (N, 2, 3) moves each image."""
+    """(N, 1, 8, 8) in [0, 1] -> uint8 (N, 1, 16, 16); `affine` (N, 2, 3) moves each image."""
     if affine is None:
         affine = torch.eye(2, 3).expand(len(images), 2, 3)
     size = [len(images), 1, IMAGE_SIZE, IMAGE_SIZE]
     grid = F.affine_grid(affine, size, align_corners=False)
-    return (F.grid_sample(images, grid, align_corners=False) - MEAN) / STD
+    return (F.grid_sample(images, grid, align_corners=False) * 255).round().to(torch.uint8)
 
 
 def random_affine(count: int, generator: torch.Generator) -> Tensor:
@@ -82,7 +86,7 @@ def random_affine(count: int, generator: torch.Generator) -> Tensor:
 def batches(
     images: Tensor, labels: Tensor, tokenizer: Tokenizer, *, steps: int, batch: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields `steps` pairs: images (batch, 1, 16, 16) and, for each, the tokens of one caption."""
+    """Yields `steps` pairs: uint8 images (batch, 1, 16, 16), and tokens of a caption of each."""
     if batch > len(images):
         raise ValueError(f"a batch of {batch} does not fit: there are {len(images)} images")
     generator = torch.Generator().manual_seed(seed)

@@ -1,91 +1,88 @@
-"""A small CLIP in plain torch.nn: a vision transformer, a text transformer, one shared space.
-
-Radford et al. 2021 (arXiv:2103.00020); the logit bias is SigLIP's, Zhai et al. 2023
-(arXiv:2303.15343).
-"""
+"""CLIP and SigLIP of the model layer, small; and the same models in plain PyTorch."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import IMAGE_SIZE, Tokenizer
+from vlm_kernels.nn import Attention
+from vlm_models import CLIP, CLIPConfig, SigLip, SigLipConfig
+from vlm_models.blocks import PatchStem, TextConfig, VisionConfig
 
-PATCH_SIZE = 4
-WIDTH = 64
+from .data import IMAGE_SIZE, MEAN, STD, Tokenizer
+
 EMBED_DIM = 64
 
 
-def positions(length: int) -> nn.Parameter:
-    # Features are the mean over tokens, so order is seen through the positions alone: at the usual
-    # 0.02 the model spends its first 100 steps learning to see it.
-    return nn.Parameter(0.5 * torch.randn(length, WIDTH))
-
-
-def transformer(depth: int) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(
-        WIDTH, 4, 2 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+def build(kind: str, tokenizer: Tokenizer, batch: int) -> CLIP | SigLip:
+    """A model to train with batches of `batch` pairs; kind is "clip" or "siglip"."""
+    sizes: dict[str, Any] = {"width": EMBED_DIM, "heads": 4, "mlp_dim": 2 * EMBED_DIM}
+    vision = VisionConfig(
+        depth=2, image_size=IMAGE_SIZE, patch_size=4, mean=(MEAN,), std=(STD,), **sizes
     )
-    return nn.TransformerEncoder(layer, depth, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+    text = TextConfig(
+        depth=1,
+        vocab_size=tokenizer.vocab_size,
+        context_length=tokenizer.context_length,
+        **sizes,
+    )
+    if kind == "clip":
+        return CLIP(CLIPConfig(vision, text, EMBED_DIM))
+    # -10 in the paper, for batches of 32768: about -log(batch), the odds of a random pair
+    return SigLip(SigLipConfig(vision, text, logit_bias=-math.log(batch)))
 
 
-class VisionTransformer(nn.Module):
-    """Images (N, 1, 16, 16) -> features (N, EMBED_DIM)."""
+def in_plain_pytorch(model: nn.Module) -> nn.Module:
+    """Puts plain PyTorch in the place of vlm_kernels' kernels, in place; parameters stay."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, PatchStem):
+                setattr(module, name, PlainStem(child))
+            elif isinstance(child, Attention):
+                setattr(module, name, PlainAttention(child))
+    return model
 
-    def __init__(self) -> None:
+
+class PlainStem(nn.Module):
+    """Normalises, convolves, flattens, puts the class token in front, adds the positions."""
+
+    def __init__(self, stem: PatchStem) -> None:
         super().__init__()
-        self.patch_embed = nn.Conv2d(1, WIDTH, PATCH_SIZE, stride=PATCH_SIZE)
-        self.pos = positions((IMAGE_SIZE // PATCH_SIZE) ** 2)
-        self.blocks = transformer(depth=2)
-        self.proj = nn.Linear(WIDTH, EMBED_DIM, bias=False)
+        self.size = stem.config.patch_size
+        self.weight, self.bias = stem.weight, stem.bias
+        self.prefix, self.pos = stem.prefix, stem.pos
+        shape = (1, -1, 1, 1)
+        self.mean = torch.tensor(stem.config.mean).view(shape)
+        self.std = torch.tensor(stem.config.std).view(shape)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (N, L, WIDTH)
-        return self.proj(self.blocks(x + self.pos).mean(dim=1))
+    def forward(self, images: Tensor, layout: str = "nchw") -> Tensor:
+        if layout == "nhwc":
+            images = images.permute(0, 3, 1, 2)
+        pixels = (images / 255 - self.mean) / self.std
+        x = F.conv2d(pixels, self.weight, self.bias, stride=self.size).flatten(2).mT  # (B, L, E)
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1)
+        return x + self.pos
 
 
-class TextTransformer(nn.Module):
-    """Token ids (N, L), 0 for padding -> features (N, EMBED_DIM)."""
+class PlainAttention(nn.Module):
+    """`vlm_kernels.nn.Attention` around torch's scaled_dot_product_attention."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, attention: Attention) -> None:
         super().__init__()
-        self.token_embed = nn.Embedding(tokenizer.vocab_size, WIDTH)
-        self.pos = positions(tokenizer.context_length)
-        self.blocks = transformer(depth=1)
-        self.proj = nn.Linear(WIDTH, EMBED_DIM, bias=False)
+        self.heads, self.is_causal = attention.num_heads, attention.is_causal
+        self.qkv, self.proj = attention.qkv, attention.proj
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        padding = tokens == 0
-        x = self.token_embed(tokens) + self.pos  # (N, L, WIDTH)
-        x = self.blocks(x, src_key_padding_mask=padding)
-        words = (~padding).unsqueeze(-1)
-        return self.proj((x * words).sum(dim=1) / words.sum(dim=1))
-
-
-class CLIP(nn.Module):
-    """Both towers, the logit scale (learned as its log) and, for SigLIP, the logit bias."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, *, logit_scale: float, logit_bias: float | None
-    ) -> None:
-        super().__init__()
-        self.visual = VisionTransformer()
-        self.text = TextTransformer(tokenizer)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
-        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return F.normalize(self.visual(images), dim=-1)
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        return F.normalize(self.text(tokens), dim=-1)
-
-    def forward(
-        self, images: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What a contrastive loss takes: image and text features, logit scale, logit bias."""
-        scale = self.log_scale.exp()
-        return self.encode_image(images), self.encode_text(tokens), scale, self.logit_bias
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+            q, k, v = (F.linear(t, w, b) for t, w, b in zip((x, context, context), weights, biases))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)  # (B, H, N, D)
+        return self.proj(y.transpose(1, 2).flatten(2))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .data import Tokenizer, captions_of, preprocess
+from vlm_models import class_embeddings, classify
+
+from .data import NAMES, TEMPLATES, Tokenizer, captions_of, preprocess
 from .losses import Loss
 from .measure import Cost, peak_rss, reset_peak_rss
-from .model import CLIP
 
 LEARNING_RATE = 3e-3
 
@@ -20,7 +21,7 @@ LEARNING_RATE = 3e-3
 class Training:
     """A model, the loss it is trained with, and what was measured on the way."""
 
-    def __init__(self, name: str, model: CLIP, loss: Loss, steps: int) -> None:
+    def __init__(self, name: str, model: nn.Module, loss: Loss, steps: int) -> None:
         self.name, self.model, self.loss = name, model, loss
         self.optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.98))
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -51,10 +52,10 @@ class Training:
     def evaluate(self, tokenizer: Tokenizer, images: Tensor, labels: Tensor) -> None:
         """Zero-shot: the digit whose captions, embedded and averaged, are nearest to the image."""
         self.model.eval()
-        captions = [captions_of(digit) for digit in range(10)]
-        text = torch.stack([self.model.encode_text(tokenizer(c)) for c in captions])  # (10, C, E)
-        image = self.model.encode_image(preprocess(images))  # (N, E)
-        classes = F.normalize(text.mean(dim=1), dim=-1)
-        self.predictions = (image @ classes.T).argmax(dim=1)  # (N,)
+        model: Any = self.model
+        classes = class_embeddings(model.encode_text, tokenizer, NAMES, TEMPLATES)  # (10, E)
+        text = model.encode_text(tokenizer([c for d in range(10) for c in captions_of(d)]))
+        image = model.encode_image(preprocess(images))  # (N, E)
+        self.predictions = classify(image, classes)  # (N,)
         self.accuracy = (self.predictions == labels).double().mean().item()
-        self.similarity = image @ text.flatten(0, 1).T  # (N, 10 C)
+        self.similarity = image @ text.T  # (N, captions), those of one digit together

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from . import cuda_sources, report
@@ -23,16 +24,15 @@ def main() -> int:
 
     # imported here: csrc/cuda is compiled without Triton too
     try:
-        from vlm_kernels._triton import _contrastive_kernels
+        from . import triton_kernels
 
-        from . import triton_contrastive, triton_kernels
+        modules = triton_kernels.modules()
     except ImportError as error:
         print(f"Triton's kernels were not compiled: {error}", file=sys.stderr)
     else:
-        limits = report.limits_in(Path(_contrastive_kernels.__file__))
-        for arch in (80, 90):
-            which = triton_contrastive.quick if args.quick else triton_contrastive.variants
-            for variant in which(arch):
+        for module, arch in product(modules, (80, 90)):
+            limits = report.limits_in(Path(module.kernels.__file__))
+            for variant in (module.quick if args.quick else module.variants)(arch):
                 row = triton_kernels.compile_variant(variant)
                 rows.append(row)
                 wrong += report.excesses(row, limits.get(row.kernel, {}))

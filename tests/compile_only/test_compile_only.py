@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,18 @@ def test_cuda_source(source: Path) -> None:
     rows = cuda_sources.compile_source(source)
     wrong = [e for r in rows for e in report.excesses(r, cuda_sources.limits_of(r.kernel, limits))]
     assert not wrong
+    unlimited = {r.kernel for r in rows if r.mma and not cuda_sources.limits_of(r.kernel, limits)}
+    assert not unlimited, "a kernel of tensor-core products says what it may use"
     for name in limits:
         assert any(cuda_sources.limits_of(r.kernel, {name: {"registers": 1}}) for r in rows), name
 
 
 def _triton_variants() -> Iterator[Any]:
     if importlib.util.find_spec("triton") is not None:
-        from tests.compile_only import triton_contrastive
+        from tests.compile_only import triton_kernels
 
-        for arch in (80, 90):
-            yield from triton_contrastive.quick(arch)
+        for module, arch in product(triton_kernels.modules(), (80, 90)):
+            yield from module.quick(arch)
 
 
 @needs_triton
@@ -93,10 +96,12 @@ def test_limits_must_belong_to_a_kernel(tmp_path: Path) -> None:
 
 @needs_triton
 def test_every_triton_kernel_ships_in_some_variant() -> None:
-    from tests.compile_only import triton_contrastive
-    from vlm_kernels._triton import _contrastive_kernels as kernels
+    from tests.compile_only import triton_kernels
 
-    named = {v.kernel.__name__ for a in (80, 90) for v in triton_contrastive.variants(a)}
-    assert named == {name for name in vars(kernels) if name.endswith("_kernel")}
-    quick = {v.kernel.__name__ for a in (80, 90) for v in triton_contrastive.quick(a)}
-    assert quick == named
+    for module in triton_kernels.modules():
+        named, quick = (
+            {variant.kernel.__name__ for arch in (80, 90) for variant in which(arch)}
+            for which in (module.variants, module.quick)
+        )
+        assert named == {name for name in vars(module.kernels) if name.endswith("_kernel")}
+        assert quick == named

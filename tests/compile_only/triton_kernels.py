@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import triton
@@ -34,6 +37,13 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kernel.__name__}[{self.name}] sm_{self.arch}"
+
+
+def modules() -> list[ModuleType]:
+    """triton_<op>.py here: each has `kernels`, a module, and their variants, all and `quick`."""
+    names = sorted(file.stem for file in Path(__file__).parent.glob("triton_*.py"))
+    found = (importlib.import_module(f".{name}", __package__) for name in names)
+    return [module for module in found if hasattr(module, "variants")]
 
 
 def compile_variant(variant: Variant) -> Compiled:

@@ -13,9 +13,7 @@ Tiles = list[list[int]]  # first, count, begin, end, shift
 Offsets = tuple[list[int], list[int]]  # of queries, of keys
 
 
-def found(
-    emulator: Any, offsets: Offsets, rows: tuple[int, int]
-) -> list[Tiles]:
+def found(emulator: Any, offsets: Offsets, rows: tuple[int, int]) -> list[Tiles]:
     """The tiles of the queries and of the keys, unused ones too."""
     segments = len(offsets[0]) - 1
     counts = [-(-n // TILE) + segments + 1 for n in rows]

@@ -348,3 +348,15 @@ def test_auto_takes_the_first_that_can() -> None:
         inputs = Case(1, 1, 4, 4, d, dtype).inputs(0, "cuda")[:3]
         assert _backends.select("attention", "auto", *inputs) == wanted
         assert f"auto runs {wanted}" in vlm_kernels.explain("attention", *inputs)
+
+
+@backends
+def test_offsets_are_checked_on_demand(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = VarlenCase(((30, 30), (20, 20)), 2, 64, torch.bfloat16)
+    fn, keywords = function("attention_varlen", backend), case.keywords(0, "cuda")
+    query, key, value, *_ = case.inputs(0, "cuda")
+    keywords["cu_seqlens_k"] = keywords["cu_seqlens_k"] + 5
+    fn(query, key, value, **keywords)  # clamped
+    monkeypatch.setenv("VLM_CHECK", "1")
+    with pytest.raises(ValueError, match="cu_seqlens_k"):
+        fn(query, key, value, **keywords)

@@ -9,60 +9,28 @@ decide. What no one needs is not computed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from . import _attention_bwd_kernels as kernels
-from . import _attention_intervals as intervals
-from . import _tiles
-from ._attention_call import Call, Norm, Rope, rows_contiguous
+from . import _attention_bwd_tiles, _tiles
+from ._attention_call import Call, Norm, Rope, broadcast_strides, rows_contiguous
 from ._attention_kernels import HALVES, INTERLEAVED, LAYER, NO_NORM, NO_ROPE, RMS
-from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
+from ._attention_tiles import Tile
 from .contrastive import _precision
 
 QUERY, KEY, VALUE, MASK, Q_WEIGHT, Q_BIAS, K_WEIGHT, K_BIAS = (1 << i for i in range(8))
 """Bits of `needs`, as csrc/ops/attention.h has them, in the order of the gradients."""
 
-ALIGNED = 8
+ALIGNMENTS = (8, 4, 2, 1)  # of rows, in features: how many are loaded at a time
 DELTA_ROWS = 64
-PREPARE_ROWS, PREPARE_TILES = 16, 16
+BOUNDS_BLOCK = 1024
+PREPARED, PREPARED_TILES = 1024, 32  # features of a tile of rows, tiles of a program
 _PROGRAMS = 264  # two for each multiprocessor of an H200
 _LEAST = 4  # tiles that a split is worth
-
-
-class Tile(NamedTuple):
-    """Queries and keys of a tile, and how Triton builds the kernel."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-class Tiles(NamedTuple):
-    dkdv: Tile
-    dq: Tile
-    dmask: Tile
-
-
-# By architecture, bytes of an element and the larger head dim, up to. Chosen by what the compiler
-# says of them (make kernels); no GPU has timed them yet.
-_SMALL = Tile(32, 32, 4, 1)
-_TABLE = {
-    (_tiles.INTERPRETER, 2, 256): Tiles(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), _SMALL),
-}
-
-
-def tiles(arch: int, itemsize: int, dim: int) -> Tiles:
-    """Those of heads of at most `dim` features."""
-    if arch == _tiles.INTERPRETER:
-        return _TABLE[arch, 2, 256]
-    return _TABLE[
-        arch, itemsize, min(d for a, i, d in _TABLE if (a, i) == (arch, itemsize) and d >= dim)
-    ]
 
 
 def backward(
@@ -94,15 +62,18 @@ class _Backward:
         self.grad, self.out = (call.heads(rows_contiguous(x)) for x in (grad, out))
         self.lse = lse.contiguous()
         self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        self.tiles = tiles(
-            _tiles.architecture(call.device), call.dtype.itemsize, max(call.d, call.dv)
+        self.tiles = _attention_bwd_tiles.choose(
+            _tiles.architecture(call.device),
+            call.dtype.itemsize,
+            max(sum(call.pieces), sum(call.value_pieces)),
+            call.mask is not None,
         )
 
     def gradients(self) -> tuple[Tensor, ...]:
         call, needs = self.call, self.needs
         query, key, value = (
-            self._like(x) if needs & bit else x.new_empty(0)
-            for x, bit in ((call.query, QUERY), (call.key, KEY), (call.value, VALUE))
+            call.like(x, x.shape[-1]) if needs & bit else x.new_empty(0)
+            for x, bit in zip(call.given, (QUERY, KEY, VALUE), strict=True)
         )
         of_q = self._rows(call.query, query, call.q_norm, QUERY, Q_WEIGHT, Q_BIAS)
         of_k = self._rows(call.key, key, call.k_norm, KEY, K_WEIGHT, K_BIAS)
@@ -112,7 +83,8 @@ class _Backward:
                 if x is not None:
                     x.zero_()
         else:
-            self.delta = self._delta()
+            # the gradient of the values alone has no use for it
+            self.delta = self._delta() if needs & ~VALUE else self.lse
             if of_k is not None or of_v is not None:
                 self._dkdv(of_k, of_v)
             if of_q is not None:
@@ -124,11 +96,6 @@ class _Backward:
             rope = rope._replace(first=0, places=None)
         k_norm = self._before(call.key, of_k, key, call.k_norm, rope, K_WEIGHT, K_BIAS)
         return query, key, value, mask, *q_norm, *k_norm
-
-    def _like(self, x: Tensor) -> Tensor:
-        """A gradient of query, key or value, as it leaves."""
-        came = x[0].transpose(0, 1) if self.call.packed else x
-        return self.call.like(came, x.shape[-1])
 
     def _rows(
         self, x: Tensor, result: Tensor, norm: Norm | None, bit: int, weight: int, bias: int
@@ -165,37 +132,28 @@ class _Backward:
         )
         return delta
 
-    def _operands(self, bounds: Tensor | None) -> tuple[Any, ...]:
+    def _operands(self) -> tuple[Any, ...]:
         """Tensors that each kernel of tiles reads; what there is not is never looked at."""
         call = self.call
         mask = call.q if call.mask is None else call.mask
         rows = call.q if call.rows is None else call.rows
-        bounds = call.q if bounds is None else bounds
         if mask.dtype == torch.bool:
             mask = mask.view(torch.uint8)
-        return (call.q, call.k, call.value, self.grad, self.lse, self.delta, mask, rows, bounds)
+        return (call.q, call.k, call.value, self.grad, self.lse, self.delta, mask, rows)
 
-    def _strides(self, bounds: Tensor | None) -> tuple[int, ...]:
+    def _strides(self) -> tuple[int, ...]:
         call = self.call
         strides = [n for x in (call.q, call.k, call.value, self.grad) for n in x.stride()[:3]]
         strides += (0, 0, 0, 0) if call.mask is None else call.mask.stride()
-        for x in (call.rows, bounds):  # of a batch entry and a head
-            strides += (0, 0) if x is None else (_stride(x, 0), _stride(x, 1))
-        return tuple(strides)
+        return (*strides, *broadcast_strides(call.rows))
 
     def _options(self, tile: Tile, *outs: Tensor) -> dict[str, Any]:
         call = self.call
-        mask = NO_MASK
-        if call.mask is not None:
-            mask = BOOL_MASK if call.mask.dtype == torch.bool else ADDITIVE_MASK
         return {
             "HAS_ROWS": call.rows is not None,
-            "MASK": mask,
+            "MASK": call.mask_kind,
             "SOFTCAP": call.softcap != 0,
-            "D": call.d,
-            **dict(zip(("D0", "D1", "D2"), call.pieces)),
-            "DV": call.dv,
-            **dict(zip(("V0", "V1", "V2"), call.value_pieces)),
+            **call.piece_options(),
             "ALIGN": _align(call.q, call.k, call.value, self.grad, *outs),
             "PRECISION": _precision(),
             "BM": tile.queries,
@@ -204,21 +162,29 @@ class _Backward:
             "num_stages": tile.stages,
         }
 
-    def _query_bounds(self, tile: Tile) -> Tensor | None:
-        rows = self.call.rows
-        return None if rows is None else intervals.query_bounds(rows, tile.queries)
+    def _bounds(self, tile: Tile) -> Tensor | None:
+        """First and last + 1 tile of queries that may see each tile of keys: (Rb, Rh, .., 2)."""
+        call, rows = self.call, self.call.rows
+        if rows is None:
+            return None
+        tiles = triton.cdiv(call.nk, tile.keys)
+        bounds = rows.new_empty((*rows.shape[:2], tiles, 2))
+        kernels.bounds_kernel[(bounds.numel() // 2,)](
+            rows, bounds, call.nq, call.nk, BM=tile.queries, BN=tile.keys, BLOCK=BOUNDS_BLOCK
+        )
+        return bounds
 
     def _dkdv(self, of_key: Tensor | None, of_value: Tensor | None) -> None:
         call, tile = self.call, self.tiles.dkdv
-        bounds = self._query_bounds(tile)
-        if bounds is not None:
-            bounds = intervals.key_bounds(bounds, call.nk, tile.keys)
+        bounds = self._bounds(tile)
         outs = [call.q if x is None else x for x in (of_key, of_value)]
         grid = (triton.cdiv(call.nk, tile.keys) * call.b * call.kv_heads,)
         kernels.dkdv_kernel[grid](
-            *self._operands(bounds),
+            *self._operands(),
+            call.q if bounds is None else bounds,
             *outs,
-            *self._strides(bounds),
+            *self._strides(),
+            *broadcast_strides(bounds),
             *outs[0].stride()[:3],
             *outs[1].stride()[:3],
             call.kv_heads,
@@ -234,16 +200,15 @@ class _Backward:
 
     def _dq(self, of_query: Tensor) -> None:
         call, tile = self.call, self.tiles.dq
-        bounds = self._query_bounds(tile)
         programs = triton.cdiv(call.nq, tile.queries) * call.b * call.h
         splits = _splits(programs, triton.cdiv(call.nk, tile.keys))
         parts = of_query[None]
         if splits > 1:
             parts = of_query.new_empty((splits, *of_query.shape), dtype=torch.float32)
         kernels.dq_kernel[programs, splits](
-            *self._operands(bounds),
+            *self._operands(),
             parts,
-            *self._strides(bounds),
+            *self._strides(),
             *parts.stride()[:4],
             call.h,
             call.group,
@@ -262,7 +227,6 @@ class _Backward:
             return call.query.new_empty(0)
         if call.empty:
             return torch.zeros_like(mask, memory_format=torch.contiguous_format)
-        bounds = self._query_bounds(tile)
         batches, heads, rows, columns = (1,) * (4 - mask.dim()) + mask.shape
         row_tiles = triton.cdiv(call.nq, tile.queries)
         own = batches * heads * (row_tiles if rows == call.nq else 1)
@@ -270,9 +234,9 @@ class _Backward:
         splits = _splits(programs, call.b * call.h * row_tiles // own)
         sums = mask.new_empty((splits, batches, heads, rows, call.nk), dtype=torch.float32)
         kernels.dmask_kernel[programs, splits](
-            *self._operands(bounds),
+            *self._operands(),
             sums,
-            *self._strides(bounds),
+            *self._strides(),
             batches,
             heads,
             call.b,
@@ -304,7 +268,9 @@ class _Backward:
         weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
         need_weight = weight is not None and bool(self.needs & weight_bit)
         need_bias = bias is not None and bool(self.needs & bias_bit)
-        chunks = triton.cdiv(n, PREPARE_ROWS * PREPARE_TILES)
+        width = triton.next_power_of_2(d)
+        tile = max(1, PREPARED // width)
+        chunks = triton.cdiv(n, tile * PREPARED_TILES)
         shape = (chunks, b, h, d)
         weights, biases = (
             x.new_zeros(shape if need else 0, dtype=torch.float32)
@@ -347,10 +313,10 @@ class _Backward:
                 NEED_WEIGHT=need_weight,
                 NEED_BIAS=need_bias,
                 D=d,
-                WIDTH=triton.next_power_of_2(d),
+                WIDTH=width,
                 ALIGN=_align(x, out),
-                BM=PREPARE_ROWS,
-                TILES=PREPARE_TILES,
+                BM=tile,
+                TILES=PREPARED_TILES,
             )
         elif changed and result.dim() > 1:
             result.zero_()
@@ -365,16 +331,12 @@ def _summed(parts: Tensor, parameter: Tensor | None, needed: bool) -> Tensor:
     return parts.sum(over, dtype=torch.float64).to(parameter.dtype)
 
 
-def _stride(x: Tensor, dim: int) -> int:
-    return 0 if x.shape[dim] == 1 else x.stride(dim)
-
-
 def _splits(programs: int, steps: int) -> int:
     """Programs that share the `steps` of one, where there are too few to fill the device."""
     return max(1, min(_PROGRAMS // programs, steps // _LEAST))
 
 
 def _align(*tensors: Tensor) -> int:
-    """Features that all rows begin at multiples of: with 8 they are loaded 16 bytes at a time."""
-    strides = (n for x in tensors for n in x.stride()[:-1])
-    return ALIGNED if all(n % ALIGNED == 0 for n in strides) else 1
+    """Features that all rows begin at multiples of."""
+    strides = [n for x in tensors for n in x.stride()[:-1]]
+    return next(k for k in ALIGNMENTS if all(n % k == 0 for n in strides))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _attention_intervals as _intervals
+from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
 
 MAX_PIECES = 3
 
@@ -50,6 +51,7 @@ class Call:
     """One call, dense (B, H, N, D) or packed (T, H, D); a packed one is a batch of one entry.
 
     Attributes:
+        given: query, key and value as they came to the op.
         query, key, value: (B, H, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv), any strides but the
             last, which is 1.
         q, k: what is multiplied: query and key, or contiguous copies in the same dtype where a norm
@@ -91,9 +93,8 @@ class Call:
         k_norm_layer: bool,
     ) -> None:
         self.packed = cu_seqlens_q is not None
-        self.query, self.key, self.value = (
-            self.heads(rows_contiguous(x)) for x in (query, key, value)
-        )
+        self.given = (query, key, value)
+        self.query, self.key, self.value = (self.heads(rows_contiguous(x)) for x in self.given)
         self.b, self.h, self.nq, self.d = self.query.shape
         _, self.kv_heads, self.nk, self.dv = self.value.shape
         self.device, self.dtype = query.device, query.dtype
@@ -110,10 +111,7 @@ class Call:
         self.mask: Tensor | None = None
         if attn_mask is not None:
             self.mask = attn_mask.expand(self.b, self.h, self.nq, self.nk)
-        self.rope: Rope | None = None
-        if rope_cos is not None and rope_sin is not None:
-            self.rope = self._rope(rope_cos, rope_sin, rope_interleaved, cu_seqlens_q, cu_seqlens_k)
-        self.rows = _intervals.intervals(
+        self.rows, places = _intervals.intervals(
             self.nq,
             self.nk,
             self.device,
@@ -124,6 +122,9 @@ class Call:
             cu_seqlens_q,
             cu_seqlens_k,
         )
+        self.rope: Rope | None = None
+        if rope_cos is not None and rope_sin is not None:
+            self.rope = self._rope(rope_cos, rope_sin, rope_interleaved, places)
         self.q, self.k = self.query, self.key
 
     def heads(self, x: Tensor) -> Tensor:
@@ -138,31 +139,40 @@ class Call:
             return x.new_empty((b, n, h, features), dtype=dtype).transpose(1, 2)
         return x.new_empty((*x.shape[:-1], features), dtype=dtype)
 
+    @property
+    def mask_kind(self) -> int:
+        if self.mask is None:
+            return NO_MASK
+        return BOOL_MASK if self.mask.dtype == torch.bool else ADDITIVE_MASK
+
+    def piece_options(self) -> dict[str, int]:
+        """The head dims as the kernels are compiled for them."""
+        names = ("D", "D0", "D1", "D2", "DV", "V0", "V1", "V2")
+        values = (self.d, *self.pieces, self.dv, *self.value_pieces)
+        return dict(zip(names, values, strict=True))
+
     def lse_shape(self) -> tuple[int, ...]:
         """Of the op's lse; as the kernels see it, (B, H, Nq), it is contiguous either way."""
         return (self.h, self.nq) if self.packed else (self.b, self.h, self.nq)
 
-    def _rope(
-        self,
-        cos: Tensor,
-        sin: Tensor,
-        interleaved: bool,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-    ) -> Rope:
+    def _rope(self, cos: Tensor, sin: Tensor, interleaved: bool, places: Tensor | None) -> Rope:
         cos, sin = (t.to(torch.float32).contiguous() for t in (cos, sin))
         half = cos.shape[-1]
-        whole = cos.dim() == 3 and cos.shape[0] > 1
-        places = None
-        if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            places = _intervals.places(self.nq, self.nk, cu_seqlens_q, cu_seqlens_k)
-        stride = self.nk * half if whole else 0
+        stride = self.nk * half if cos.dim() == 3 and cos.shape[0] > 1 else 0
         return Rope(cos, sin, half, stride, interleaved, self.nk - self.nq, places)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def broadcast_strides(rows: Tensor | None) -> tuple[int, int]:
+    """Of batch and heads of intervals, 0 where they share them."""
+    if rows is None:
+        return 0, 0
+    batch, head = (0 if n == 1 else s for n, s in zip(rows.shape[:2], rows.stride()[:2]))
+    return batch, head
 
 
 def _norm(weight: Tensor | None, bias: Tensor | None, eps: float, layer: bool) -> Norm | None:

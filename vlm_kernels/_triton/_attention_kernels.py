@@ -1,6 +1,7 @@
 """Forward kernels of attention; see attention.py for how they are put together.
 
-tests/compile_only holds each kernel to the line of limits above it.
+tests/compile_only holds each kernel to the line of limits above it. What spills a
+little are tiles of at most 64 queries with softcap or TOGETHER, nearly all of them on sm_80.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -32,44 +33,49 @@ _NO_ROPE, _HALVES = tl.constexpr(NO_ROPE), tl.constexpr(HALVES)
 _MANY = tl.constexpr(2**31 - 1)
 
 
-# limits: registers 255, spills 0
+# limits: registers 255, spills 20
 @triton.jit
 def attention_kernel(
     q, k, v, mask, rows, out, lse,
-    nq, nk, heads, group, tiles, splits,
+    nq, nk, kv_heads, group, tiles, splits,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, rows_batch, rows_head,
     out_split, out_batch, out_head, out_row, lse_split, scale, softcap,
     MASK: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, NEGATE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BM queries of a head against a share of their keys: grid (batch x heads x splits x tiles,).
+    TOGETHER: the queries of all heads of a key head are one head's.
 
     `scale` is not negative; NEGATE changes the sign of q. The softmax' running maximum is that of
     q k^T itself, or with softcap or an additive mask that of the scores. Writes out / sum, and the
     natural logarithm of the sum of exponentials, of the share.
     """
     pid = tl.program_id(0)
-    tile, split, head = pid % tiles, pid // tiles % splits, pid // tiles // splits
-    h = (head % heads).to(tl.int64)
-    b = (head // heads).to(tl.int64)
-    kv = h // group
+    tile, split, head = pid % tiles, pid // tiles % splits, (pid // tiles // splits).to(tl.int64)
+    row = tile * BM + tl.arange(0, BM)
+    if TOGETHER:
+        b, kv = head // kv_heads, head % kv_heads
+        h, query = kv * group + row // nq, (row % nq).to(tl.int64)
+        count = nq * group
+    else:
+        b, kv = head // (kv_heads * group), head // group % kv_heads
+        h, query = head % (kv_heads * group), row.to(tl.int64)
+        count = nq
+    valid = row < count
     scale = tl.cast(scale, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
     # exp2 takes c times what the maximum is taken of; above 0, so that -inf stays -inf
     c = LOG2E if SOFTCAP or MASK == _ADDITIVE_MASK else tl.maximum(scale * LOG2E, 1e-30)
 
     lane = tl.arange(0, BN)
-    row = tile * BM + tl.arange(0, BM)
-    valid = row < nq
-    row64 = row.to(tl.int64)
-
     lo, hi, seen_from, seen_upto = 0, nk, 0, nk  # keys of any row; keys of every row
     begin, end = row, row  # not read
     if ROWS:
-        at = rows + b * rows_batch + h * rows_head + row64 * 2
+        at = rows + b * rows_batch + h * rows_head + query * 2
         begin = tl.load(at, mask=valid, other=0)
         end = tl.load(at + 1, mask=valid, other=0)
         seen_from = tl.max(begin, 0)
@@ -87,12 +93,12 @@ def attention_kernel(
     whole = tl.maximum(tl.where(whole > 0, whole // BN, 0) - whole_from, 0)
     whole_from = tl.minimum(whole_from, total)
 
-    q_rows = q + b * wide(q_batch, ALIGN) + h * wide(q_head, ALIGN) + row64 * wide(q_row, ALIGN)
+    q_rows = q + b * wide(q_batch, ALIGN) + h * wide(q_head, ALIGN) + query * wide(q_row, ALIGN)
     k_stride, v_stride = wide(k_row, ALIGN), wide(v_row, ALIGN)
     k_base = k + b * wide(k_batch, ALIGN) + kv * wide(k_head, ALIGN)
     v_base = v + b * wide(v_batch, ALIGN) + kv * wide(v_head, ALIGN)
     k_lanes, v_lanes = lane.to(tl.int64) * k_stride, lane.to(tl.int64) * v_stride
-    mask_rows = mask + b * mask_batch + h * mask_head + row64 * mask_row
+    mask_rows = mask + b * mask_batch + h * mask_head + query * mask_row
 
     q0 = load_rows(q_rows, valid, 0, D0, D, True)
     q1 = load_rows(q_rows, valid, D0, D1, D, True) if D1 > 0 else q0
@@ -108,8 +114,8 @@ def attention_kernel(
         acc2 = tl.zeros((BM, V2), tl.float32)
 
     for EDGE in tl.static_range(2):
-        count = total - whole if EDGE else whole
-        for i in span(0, count, 1):
+        steps = total - whole if EDGE else whole
+        for i in span(0, steps, 1):
             t = i + tl.where(i < whole_from, 0, whole) if EDGE else i + whole_from
             first = lo + t * BN
             column = first + lane
@@ -158,10 +164,10 @@ def attention_kernel(
         top = top * tl.maximum(scale, 1e-30)
     log = tl.where(nothing, -float("inf"), top + tl.log(tl.where(nothing, 1.0, total_e)))
     split64 = split.to(tl.int64)
-    at = lse + split64 * lse_split + head.to(tl.int64) * nq + row64
+    at = lse + split64 * lse_split + head * count + row
     tl.store(at, log, mask=valid)
     out_rows = out + split64 * out_split + b * wide(out_batch, ALIGN) + h * wide(out_head, ALIGN)
-    out_rows += row64 * wide(out_row, ALIGN)
+    out_rows += query * wide(out_row, ALIGN)
     # a sum of nothing but hidden keys may be that of 0 * NaN
     store_rows(out_rows, _share(acc0, inverse, nothing), valid, 0, V0, DV)
     if V1 > 0:
@@ -186,7 +192,7 @@ def combine_kernel(
     parts, part_lses, out, lse, nq, heads, blocks, splits, part_split, lse_split,
     out_batch, out_head, out_row, DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Puts the shares of BR rows of a head together, in their order: grid (batch x heads x blocks,).
+    """Puts the shares of BR rows of a head together in order: grid (batch x heads x blocks,).
 
     parts (splits, B, H, Nq, Dv) and part_lses (splits, B, H, Nq) are fp32.
     """
@@ -290,3 +296,63 @@ def _normalised(
         if BIAS:
             x += tl.load(bias + column, mask=known, other=0.0).to(tl.float32)[None, :]
     return x
+
+
+# limits: registers 64, spills 0
+@triton.jit
+def intervals_kernel(
+    kv_range, cu_q, cu_k, rows, places, nq, nk, heads, blocks, segments, steps,
+    range_batch, range_head, range_row, range_side, q_stride, k_stride, left, right,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, RANGE: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK queries of one of the heads that differ: grid (batch x heads x blocks,)."""
+    pid = tl.program_id(0)
+    head = (pid // blocks).to(tl.int64)
+    row = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < nq
+    place = row.to(tl.int64)
+    begin = tl.zeros((BLOCK,), tl.int64)
+    end = begin + nk
+    if PACKED:
+        # The segment is that whose end is the first above the row; `steps` halvings find it.
+        low = tl.zeros((BLOCK,), tl.int64)
+        high = low + segments
+        for _ in span(0, steps, 1):
+            open_ = low < high
+            middle = (low + high) // 2
+            ends = tl.load(cu_q + (middle + 1) * q_stride, mask=open_, other=0).to(tl.int64)
+            passed = ends <= row
+            low = tl.where(open_ & passed, middle + 1, low)
+            high = tl.where(open_ & (passed == 0), middle, high)
+        inside = valid & (low < segments)
+        first = tl.load(cu_q + low * q_stride, mask=inside, other=0).to(tl.int64)
+        last = tl.load(cu_q + (low + 1) * q_stride, mask=inside, other=0).to(tl.int64)
+        begin = tl.load(cu_k + low * k_stride, mask=inside, other=0).to(tl.int64)
+        end = tl.load(cu_k + (low + 1) * k_stride, mask=inside, other=0).to(tl.int64)
+        # Offsets may be anything, also such that their sums overflow.
+        begin = tl.minimum(tl.maximum(begin, 0), nk)
+        end = tl.minimum(tl.maximum(end, 0), nk)
+        last = tl.minimum(tl.maximum(last, 0), nq)
+        inside = inside & (first <= row)
+        begin, end = tl.where(inside, begin, 0), tl.where(inside, end, 0)
+        place += tl.where(inside, end - last, 0)
+        at_key = tl.maximum(tl.minimum(place, nk - 1), 0)
+        tl.store(places + row, at_key.to(tl.int32), mask=valid)
+    if RANGE:
+        at = kv_range + head // heads * range_batch + head % heads * range_head
+        at += row.to(tl.int64) * range_row
+        begin = tl.load(at, mask=valid, other=0).to(tl.int64)
+        end = tl.load(at + range_side, mask=valid, other=0).to(tl.int64)
+    if CAUSAL:
+        end = tl.minimum(end, place + 1)
+    if LEFT:
+        begin = tl.maximum(begin, place - left)
+    if RIGHT:
+        end = tl.minimum(end, place + right + 1)
+    begin = tl.maximum(begin, 0)
+    end = tl.minimum(end, nk)
+    sees = begin < end
+    out = rows + (head * nq + row) * 2
+    tl.store(out, tl.where(sees, begin, 0).to(tl.int32), mask=valid)
+    tl.store(out + 1, tl.where(sees, end, 0).to(tl.int32), mask=valid)

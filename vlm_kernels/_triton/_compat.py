@@ -12,8 +12,8 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 def _steps(start, end, step):
     """The interpreter has no range of what a kernel computed, under numpy 2.4."""
-    ends = [x.handle.data.item() if isinstance(x, tl.tensor) else int(x) for x in (start, end)]
-    return range(*ends, int(step))
+    first, last = (x.handle.data.item() if isinstance(x, tl.tensor) else x for x in (start, end))
+    return range(first, last, step)
 
 
 span = _steps if INTERPRET.value else tl.range

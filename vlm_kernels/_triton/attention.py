@@ -10,9 +10,6 @@ and `combine_kernel` puts the shares together in their order. Nothing is read ba
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,18 +17,19 @@ import triton
 from torch import Tensor
 
 from ..ops.attention import register_fakes
-from . import _attention_tiles, _tiles
+from . import _attention_bwd, _attention_tiles, _tiles
 from . import _attention_kernels as kernels
-from ._attention_call import Call, Norm
-from ._attention_math import ADDITIVE_MASK, BOOL_MASK, NO_MASK
+from ._attention_call import Call, Norm, broadcast_strides
 from ._compat import INTERPRET
+from .contrastive import NAMESPACE as NAMESPACE
+from .contrastive import _guarded, _precision
 
-NAMESPACE = "vlm_kernels_triton"
-_GRADS = 8  # query, key, value, attn_mask, then weight and bias of q_norm and of k_norm
-_ALIGNED = 8  # features: rows at multiples of it are loaded 16 bytes at a time
+_ALIGNMENTS = (8, 4, 2, 1)  # of rows, in features: how many are loaded at a time
+# Queries of the heads of one key head, up to which they share a program: with more, the addresses
+# of their rows spill.
+TOGETHER = 32
 _KEY_TILES = 4  # of a program, at least, where programs share the keys
-_PREPARED = 2048  # features of a block of rows that `prepare_kernel` has in registers
-_COMBINED = 1024
+PREPARED, COMBINED = 2048, 1024  # features of a block of rows of the small kernels
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? kv_range, "
@@ -64,8 +62,6 @@ def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
 def attention_bwd(grad: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """-> gradients of query, key, value, attn_mask, and weight and bias of q_norm and k_norm; (0,)
     where not needed."""
-    from . import _attention_bwd
-
     *call_args, out, lse, needs = args
     call = Call(*call_args)
     if not call.empty:
@@ -92,7 +88,7 @@ def _prepared(
     b, heads, rows, d = x.shape
     out = x.new_empty(x.shape)
     width = triton.next_power_of_2(d)
-    block = max(1, min(triton.next_power_of_2(rows), _PREPARED // width))
+    block = max(1, min(triton.next_power_of_2(rows), PREPARED // width))
     blocks = triton.cdiv(rows, block)
     rope, kind, turn = call.rope, kernels.NO_NORM, kernels.NO_ROPE
     if norm is not None:
@@ -132,18 +128,23 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     arch = _tiles.architecture(call.device)
     dim = max(sum(call.pieces), sum(call.value_pieces))
     side_by_side = _attention_tiles.multiprocessors(call.device)
+    together = call.group > 1 and call.nq * call.group <= TOGETHER
+    queries, own_heads = call.nq, call.b * call.h
+    if together:
+        queries, own_heads = call.nq * call.group, call.b * call.kv_heads
+    typical = min(queries, call.typical * (queries // call.nq))
     tile = _attention_tiles.choose(
         arch,
         out.element_size(),
         dim,
         call.mask is not None,
-        call.typical,
-        call.b * call.h * triton.cdiv(call.nq, call.typical),
+        typical,
+        own_heads * triton.cdiv(queries, typical),
         side_by_side,
     )
-    tiles = triton.cdiv(call.nq, tile.queries)
+    tiles = triton.cdiv(queries, tile.queries)
     # programs share the keys of a tile of queries where multiprocessors would have nothing to do
-    free = side_by_side // (call.b * call.h * tiles)
+    free = side_by_side // (own_heads * tiles)
     splits = max(1, min(free, triton.cdiv(call.nk, tile.keys * _KEY_TILES)))
     heads = call.heads(out)
     target, target_lse, split_stride, lse_stride = heads, lse, 0, 0
@@ -154,8 +155,8 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     rows, mask = call.rows, call.mask
     strides = (call.q.stride()[:3], call.k.stride()[:3], call.value.stride()[:3])
     of_out = (split_stride, *target.stride()[-4:-1])
-    aligned = all(stride % _ALIGNED == 0 for stride in (*sum(strides, ()), *of_out))
-    kernels.attention_kernel[(call.b * call.h * splits * tiles,)](
+    every_stride = (*sum(strides, ()), *of_out)
+    kernels.attention_kernel[(own_heads * splits * tiles,)](
         call.q,
         call.k,
         call.value,
@@ -165,7 +166,7 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
         target_lse,
         call.nq,
         call.nk,
-        call.h,
+        call.kv_heads,
         call.group,
         tiles,
         splits,
@@ -173,18 +174,19 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
         *strides[1],
         *strides[2],
         *((0,) * 4 if mask is None else mask.stride()),
-        *((0,) * 2 if rows is None else _broadcast_strides(rows)),
+        *broadcast_strides(rows),
         *of_out,
         lse_stride,
         abs(call.scale),
         call.softcap,
-        MASK=_mask_kind(mask),
+        MASK=call.mask_kind,
         ROWS=rows is not None,
         SOFTCAP=call.softcap != 0.0,
         NEGATE=call.scale < 0,
-        **piece_options(call),
-        ALIGN=_ALIGNED if aligned else 1,
-        PRECISION=precision(),
+        TOGETHER=together,
+        **call.piece_options(),
+        ALIGN=next(n for n in _ALIGNMENTS if all(stride % n == 0 for stride in every_stride)),
+        PRECISION=_precision(),
         BM=tile.queries,
         BN=tile.keys,
         num_warps=tile.warps,
@@ -192,35 +194,12 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
     )
     if splits > 1:
         width = triton.next_power_of_2(call.dv)
-        block = max(1, min(triton.next_power_of_2(call.nq), _COMBINED // width))
+        block = max(1, min(triton.next_power_of_2(call.nq), COMBINED // width))
         blocks = triton.cdiv(call.nq, block)
         kernels.combine_kernel[(call.b * call.h * blocks,)](
             target, target_lse, heads, lse, call.nq, call.h, blocks, splits, split_stride,
             lse_stride, *heads.stride()[:3], DV=call.dv, BV=width, BR=block, num_warps=4,
         )  # fmt: skip
-
-
-def _mask_kind(mask: Tensor | None) -> int:
-    if mask is None:
-        return NO_MASK
-    return BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
-
-
-def _broadcast_strides(rows: Tensor) -> tuple[int, int]:
-    """Of batch and heads, 0 where they share their intervals."""
-    return tuple(0 if n == 1 else s for n, s in zip(rows.shape[:2], rows.stride()[:2]))
-
-
-def piece_options(call: Call) -> dict[str, int]:
-    """The head dims as the kernels are compiled for them."""
-    names = ("D", "D0", "D1", "D2", "DV", "V0", "V1", "V2")
-    values = (call.d, *call.pieces, call.dv, *call.value_pieces)
-    return dict(zip(names, values, strict=True))
-
-
-def precision() -> str:
-    """Of products of fp32: torch's own setting."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # --- gradients ---
@@ -263,16 +242,6 @@ def _name_of_call(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 # --- registration ---
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-
-
-def _guarded(fn: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(fn)
-    def run(*args: Any) -> Any:
-        x = next(x for x in args if isinstance(x, Tensor))
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            return fn(*args)
-
-    return run
 
 
 for _name, _schema in SCHEMAS.items():

@@ -2,5 +2,6 @@
 
 from .attention import Attention
 from .contrastive import ClipLoss, SigLipLoss
+from .patch_embed import PatchEmbed
 
-__all__ = ["Attention", "ClipLoss", "SigLipLoss"]
+__all__ = ["Attention", "ClipLoss", "PatchEmbed", "SigLipLoss"]

@@ -191,7 +191,9 @@ def attention_varlen(
     Args: as `attention`, except
         query: (Tq, H, D); key: (Tk, Hkv, D); value: (Tk, Hkv, Dv). H may be a multiple of Hkv.
         cu_seqlens_q: (S + 1,) int32 or int64, non-decreasing, from 0 to at most Tq: the queries of
-            segment s are rows cu_seqlens_q[s] to cu_seqlens_q[s + 1]. Segments may be empty.
+            segment s are rows cu_seqlens_q[s] to cu_seqlens_q[s + 1]. Segments may be empty. On
+            CUDA the values stay on the device and are clamped; VLM_CHECK=1 has them checked, which
+            waits for the device.
         cu_seqlens_k: the same for the keys, S + 1 entries too.
         is_causal: aligned at the last query and the last key of each segment: query i of nq sees
             the keys j <= i + nk - nq of nk.
@@ -219,6 +221,9 @@ def attention_varlen(
     args = (query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, *options)
     if chosen in ("reference", "triton"):
         _check_reference("attention_varlen", *args)
+    elif chosen == "cuda" and _may_read(cu_seqlens_q):
+        rows = (query.shape[0], key.shape[0])
+        _check_seqlens("attention_varlen", cu_seqlens_q, cu_seqlens_k, *rows, rope is not None)
     if chosen == "reference":
         return reference.attention_varlen(
             query,
@@ -261,9 +266,9 @@ def _options(
 def _forward(op: str, backend: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The registered op, gradients included: that of the extension has its autograd node in C++."""
     if backend == "triton":
-        from .._triton import attention as _  # registers the op: Triton is imported on first use
+        from .._triton import attention as kernels  # Triton is imported on first use
 
-        return torch.ops.vlm_kernels_triton.attention_fwd(*args)
+        return getattr(torch.ops, kernels.NAMESPACE).attention_fwd(*args)
     if torch.compiler.is_compiling():
         return torch.ops.vlm_kernels.attention_fwd(*args)
     try:

@@ -462,9 +462,9 @@ def _needs(ctx: Any) -> int:
 def _ops(backend: str) -> Any:
     """The extension's functions, or under torch.compile the ops that it can see."""
     if backend == "triton":
-        from .._triton import contrastive as _  # registers them: Triton is imported on first use
+        from .._triton import contrastive as kernels  # Triton is imported on first use
 
-        return torch.ops.vlm_kernels_triton
+        return getattr(torch.ops, kernels.NAMESPACE)
     return torch.ops.vlm_kernels if torch.compiler.is_compiling() else _C
 
 

@@ -1,14 +1,13 @@
 """patch_embed: from raw pixels to tokens in one op.
 
-With it its helpers: patchify (the patches alone, as image processors make them),
-fold_normalization and interpolate_pos_embed.
+With it its helpers: patch_embed_packed (images of many sizes), patchify (the patches alone, as
+image processors make them), fold_normalization and interpolate_pos_embed.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,16 +16,28 @@ from torch import Tensor
 
 from .. import _backends, reference
 from .._load import _C
+from ._patches import (
+    Pair,
+    channels_of,
+    check_choices,
+    check_images,
+    cut,
+    fold_normalization,
+    pair,
+    patchify,
+)
+from ._pos_embed import interpolate_pos_embed
 
-__all__ = ["patch_embed"]
+__all__ = [
+    "fold_normalization",
+    "interpolate_pos_embed",
+    "patch_embed",
+    "patch_embed_packed",
+    "patchify",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PIXELS = (torch.uint8, *_DTYPES)
-_LAYOUTS = ("nchw", "nhwc")
-_ORDERS = ("cyx", "yxc", "ctyx")
-_PAD_SPACES = ("raw", "normalised")
-
-Pair = int | tuple[int, int]
 
 
 def patch_embed(
@@ -91,22 +102,14 @@ def patch_embed(
             what came, what was expected and the fix.
         RuntimeError: the backend asked for cannot run this call.
     """
-    for name, value, choices in (
-        ("layout", layout, _LAYOUTS),
-        ("k_order", k_order, _ORDERS),
-        ("pad_space", pad_space, _PAD_SPACES),
-    ):
-        if value not in choices:
-            raise ValueError(
-                f"patch_embed: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}"
-            )
+    check_choices("patch_embed", layout, k_order, pad_space)
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         images, weight = _autocast(images), _autocast(weight)
-    size = _pair("patch_size", patch_size)
-    step = size if stride is None else _pair("stride", stride)
+    size = pair("patch_size", patch_size)
+    step = size if stride is None else pair("stride", stride)
     args = (
         *(images, weight, bias, pos, prefix, newline, *size, *step, layout == "nhwc"),
-        *(k_order == "yxc", _channels("mean", mean), _channels("std", std), rescale, merge),
+        *(k_order == "yxc", channels_of("mean", mean), channels_of("std", std), rescale, merge),
         *(temporal, pad_space == "normalised"),
     )
     if _choose(images, weight, backend) == "reference":
@@ -140,25 +143,6 @@ def patch_embed(
         raise
 
 
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value, value
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        return value[0], value[1]
-    raise ValueError(f"patch_embed: {name} is {value!r}, expected a number or (height, width)")
-
-
-def _channels(name: str, values: Any) -> list[float]:
-    if values is None:
-        return []
-    if isinstance(values, Tensor) or not isinstance(values, Sequence):
-        raise TypeError(
-            f"patch_embed: {name} is {type(values).__name__}, expected a sequence of Python "
-            "numbers, one for each channel (a tensor's: .tolist())"
-        )
-    return [float(value) for value in values]
-
-
 _TENSORS = ("images", "weight", "bias", "pos", "prefix", "newline")
 _NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
@@ -189,38 +173,12 @@ def _check_reference(args: tuple[Any, ...]) -> None:
     _check_types(args)
     images, weight, bias, pos, prefix, newline, *size, nhwc, yxc, mean, std, rescale = args[:15]
     merge, temporal = args[15], args[16]
-    py, px, sy, sx = size
-    if images.dim() not in (4, 5):
-        raise ValueError(f"patch_embed: images have shape {tuple(images.shape)}, expected 4 or 5 D")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"patch_embed: images are {images.dtype}, expected uint8 or floating point")
+    py, px, _, _ = size
     if not weight.is_floating_point():
         raise TypeError(f"patch_embed: weight is {weight.dtype}, expected floating point")
-    if min(py, px, sy, sx, merge, temporal) < 1 or rescale == 0 or not math.isfinite(rescale):
-        raise ValueError(
-            f"patch_embed: patch_size is {(py, px)}, stride {(sy, sx)}, merge {merge}, temporal "
-            f"{temporal} and rescale {rescale}; expected positive numbers"
-        )
-    shape = images.shape
-    channels = shape[-1] if nhwc else shape[-3]
-    height, width = (shape[-3], shape[-2]) if nhwc else (shape[-2], shape[-1])
-    if height < py or width < px:
-        raise ValueError(
-            f"patch_embed: images are {height} x {width} pixels, smaller than a patch of "
-            f"{py} x {px} (images have shape {tuple(shape)}; layout is the other?)"
-        )
-    frames = shape[1] if images.dim() == 5 else 1
-    gh, gw = -(-(height - py) // sy) + 1, -(-(width - px) // sx) + 1
-    if images.dim() == 5 and frames % temporal:
-        raise ValueError(
-            f"patch_embed: videos have {frames} frames, expected a multiple of temporal = "
-            f"{temporal}"
-        )
-    if gh % merge or gw % merge:
-        raise ValueError(
-            f"patch_embed: images are {gh} x {gw} patches, which blocks of merge = {merge} do not "
-            "cover"
-        )
+    channels, frames, gh, gw = check_images(
+        "patch_embed", images, size, nhwc, mean, std, rescale, merge, temporal
+    )
     k, native = temporal * channels * py * px, tuple(weight.shape[1:])
     allowed: list[tuple[int, ...]] = [(k,)]
     if not yxc:
@@ -228,17 +186,9 @@ def _check_reference(args: tuple[Any, ...]) -> None:
     if native not in allowed:
         raise ValueError(
             f"patch_embed: weight has shape {tuple(weight.shape)}, expected E and one of {allowed} "
-            f"for images of shape {tuple(shape)}"
+            f"for images of shape {tuple(images.shape)}"
         )
-    for name, values in (("mean", mean), ("std", std)):
-        fits = not values or len(values) == channels
-        if not (fits and all(map(math.isfinite, values)) and (name == "mean" or 0.0 not in values)):
-            raise ValueError(
-                f"patch_embed: {name} is {values}, expected a finite number for each of the "
-                f"{channels} channels{' other than 0' * (name == 'std')}"
-            )
-    e, b = weight.shape[0], shape[0]
-    count = (frames // temporal if images.dim() == 5 else 1) * gh * gw
+    e, b, count = weight.shape[0], images.shape[0], frames * gh * gw
     before = 0 if prefix is None or prefix.dim() < 2 else prefix.shape[-2]
     for name, x, rows in (
         ("bias", bias, None),
@@ -335,3 +285,202 @@ def register_fakes(namespace: str) -> None:
 
 if _C is not None:
     register_fakes("vlm_kernels")
+
+
+def patch_embed_packed(
+    images: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    patch_size: Pair,
+    stride: Pair | None = None,
+    layout: str = "nchw",
+    k_order: str = "cyx",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    rescale: float = 1 / 255,
+    pos: Tensor | None = None,
+    pos_table: Tensor | None = None,
+    pos_mode: str | Mapping[str, Any] = "bicubic",
+    prefix: Tensor | None = None,
+    newline: Tensor | None = None,
+    merge: int = 1,
+    temporal: int = 1,
+    pad_space: str = "raw",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Tokens of S images of any sizes, one after the other: what `attention_varlen` takes.
+
+    NaViT's packing (Dehghani et al., arXiv:2307.06304) without padding: patches are gathered as
+    they are, 8-bit pixels as 8 bits, and one call of `patch_embed` projects them all. The kernels'
+    tokens of an image are bit for bit those of `patch_embed` of it alone.
+
+    Args: as `patch_embed`, except
+        images: S tensors (C, H, W), as layout="nhwc" (H, W, C), or S videos (F, C, H, W) or
+            (F, H, W, C); of one dtype, on one device, alike in memory.
+        pos: (T, E), the rows of all images one after the other, each with those of its prefix
+            first, if the prefix has any.
+        pos_table: instead of `pos`, the table that `interpolate_pos_embed` resamples for each.
+        pos_mode: its mode, or all its keywords as a mapping, such as
+            {"mode": "bilinear", "antialias": True}; `merge` is this call's.
+        prefix: (n, E) or (1 or S, n, E).
+
+    Returns:
+        Tokens (T, E) in the dtype of the weight, and cu_seqlens (S + 1,), int32, from 0 to T, on
+        the device of the images.
+
+    Raises:
+        As `patch_embed`; also ValueError for images that differ in dtype, device or dimensions.
+    """
+    op = "patch_embed_packed"
+    check_choices(op, layout, k_order, pad_space)
+    size = pair("patch_size", patch_size, op)
+    step = size if stride is None else pair("stride", stride, op)
+    shifts, scales = channels_of("mean", mean, op), channels_of("std", std, op)
+    nhwc = layout == "nhwc"
+    _check_pack(images, newline, merge, weight.shape[0])
+    grids = [
+        check_images(op, x[None], (*size, *step), nhwc, shifts, scales, rescale, merge, temporal)
+        for x in images
+    ]
+    firsts = _prefixes(prefix, len(grids), weight.shape[0])
+    before = 0 if prefix is None else prefix.shape[-2]
+    counts = [frames * gh * gw for _, frames, gh, gw in grids]
+    if pos_table is not None:
+        if pos is not None:
+            raise ValueError(f"{op}: pos and pos_table came, expected one of them")
+        keywords = {"mode": pos_mode} if isinstance(pos_mode, str) else dict(pos_mode)
+        pos = interpolate_pos_embed(pos_table, [g[1:] for g in grids], merge=merge, **keywords)
+    own = 0  # rows of pos that belong to each image's prefix
+    if pos is not None:
+        own = before if pos.shape[0] == sum(counts) + before * len(counts) else 0
+        if pos.dim() != 2 or pos.shape[0] != sum(counts) + own * len(counts):
+            raise ValueError(
+                f"{op}: pos has shape {tuple(pos.shape)}, expected {sum(counts)} rows, those of "
+                f"all patches, and {before} more for each of {len(counts)} prefixes or none"
+            )
+    ends = [0]
+    for (_, frames, gh, _), count in zip(grids, counts):
+        ends.append(ends[-1] + before + count + (frames * gh if newline is not None else 0))
+    rest: dict[str, Any] = {
+        **{"patch_size": size, "k_order": k_order, "mean": mean, "std": std, "rescale": rescale},
+        **{"temporal": temporal, "backend": backend},
+    }
+    positions = None if pos is None else pos.split([own + count for count in counts])
+    if pad_space == "normalised" and any(shifts) and _padded(images, size, step, nhwc):
+        # What 0 after normalisation was before it is no pixel: it takes the kernel to pad.
+        rest |= {"stride": step, "layout": layout, "newline": newline, "merge": merge}
+        alone = [
+            patch_embed(
+                *(x[None], weight, bias),
+                pos=None if positions is None else positions[i],
+                prefix=None if firsts is None else firsts[i],
+                pad_space=pad_space,
+                **rest,
+            )[0]
+            for i, x in enumerate(images)
+        ]
+        return torch.cat(alone), _cu_seqlens(ends, weight.device)
+    if not images:
+        return weight.new_empty((0, weight.shape[0])), _cu_seqlens(ends, weight.device)
+    patches, packed_layout = _pack(images, size, step, nhwc, merge, temporal)
+    rows = pos
+    if positions is not None and own:
+        rows = torch.cat([each[own:] for each in positions])
+    tokens = patch_embed(
+        *(patches, weight, bias),
+        layout=packed_layout,
+        pos=None if rows is None else rows[:, None],
+        **rest,
+    ).flatten(0, 1)
+    if prefix is not None or newline is not None:
+        parts = []
+        for i, ((_, _, _, gw), x) in enumerate(zip(grids, tokens.split(counts))):
+            if firsts is not None:
+                first = firsts[i].to(x.dtype)
+                if positions is not None and own:
+                    first = first + positions[i][:own].to(x.dtype)
+                parts.append(first)
+            if newline is not None:
+                lines = x.unflatten(0, (-1, gw))
+                last = newline.to(x.dtype).expand(lines.shape[0], 1, -1)
+                x = torch.cat([lines, last], 1).flatten(0, 1)
+            parts.append(x)
+        tokens = torch.cat(parts)
+    return tokens, _cu_seqlens(ends, tokens.device)
+
+
+def _check_pack(
+    images: Sequence[Tensor], newline: Tensor | None, merge: int, embed_dim: int
+) -> None:
+    op = "patch_embed_packed"
+    if not isinstance(images, (list, tuple)) or not all(isinstance(x, Tensor) for x in images):
+        raise TypeError(f"{op}: images are {type(images).__name__}, expected a list of tensors")
+    for i, x in enumerate(images):
+        first = images[0]
+        if x.dim() not in (3, 4) or (x.dim(), x.dtype, x.device) != (
+            *(first.dim(), first.dtype, first.device),
+        ):
+            raise ValueError(
+                f"{op}: image {i} has shape {tuple(x.shape)}, is {x.dtype} and on {x.device}; "
+                "expected all with three dimensions, or as videos with four, of one dtype and on "
+                f"one device; image 0 has shape {tuple(first.shape)} and is {first.dtype}"
+            )
+    if newline is None:
+        return
+    if newline.shape != (embed_dim,):
+        raise ValueError(f"{op}: newline has shape {tuple(newline.shape)}, expected ({embed_dim},)")
+    if merge > 1:
+        raise ValueError(f"{op}: newline came with merge = {merge}; blocks of tokens have no rows")
+
+
+def _prefixes(prefix: Tensor | None, count: int, embed_dim: int) -> Any:
+    """(n, E) of each image."""
+    if prefix is None:
+        return None
+    shape = tuple(prefix.shape)
+    if len(shape) not in (2, 3) or shape[-1] != embed_dim or shape[:-2] not in ((), (1,), (count,)):
+        raise ValueError(
+            f"patch_embed_packed: prefix has shape {shape}, expected (n, {embed_dim}) or "
+            f"(1 or {count}, n, {embed_dim})"
+        )
+    return prefix.expand(count, *shape[-2:]).unbind(0)
+
+
+def _padded(
+    images: Sequence[Tensor], size: tuple[int, int], step: tuple[int, int], nhwc: bool
+) -> bool:
+    """Whether some image is not covered by whole patches."""
+    sides = [x.shape[-3:-1] if nhwc else x.shape[-2:] for x in images]
+    return any((h - size[0]) % step[0] or (w - size[1]) % step[1] for h, w in sides)
+
+
+def _pack(
+    images: Sequence[Tensor],
+    size: tuple[int, int],
+    step: tuple[int, int],
+    nhwc: bool,
+    merge: int,
+    temporal: int,
+) -> tuple[Tensor, str]:
+    """Patches as images of one patch each, and their layout: that of the images in memory.
+
+    The kernel sums in the order in which pixels lie, so that order makes the bits of a token.
+    """
+    c, x = (-1, -2) if nhwc else (-3, -1)
+    first = images[0]
+    interleaved = first.stride(c) == 1 and first.stride(x) == first.shape[c] > 1
+    order = (6, 8, 9, 7) if interleaved else (6, 7, 8, 9)
+    parts = []
+    for image in images:
+        rows = cut(image[None], size, step, nhwc, merge, temporal)[0].permute(*range(6), *order)
+        parts.append(rows.reshape(-1, *rows.shape[6:]))  # (L, T, C, Py, Px) or (L, T, Py, Px, C)
+    patches = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return patches if first.dim() == 4 else patches[:, 0], "nhwc" if interleaved else "nchw"
+
+
+def _cu_seqlens(ends: list[int], device: torch.device) -> Tensor:
+    """On the device without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(ends, dtype=torch.int32, device=device)
+    return torch.tensor(ends, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)

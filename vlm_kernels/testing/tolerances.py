@@ -28,6 +28,9 @@ class Tolerance:
 
 
 TABLE = {"fwd": Tolerance(factor=2, ulps=4), "bwd": Tolerance(factor=3, ulps=4)}
+MODELS = {"fwd": 1e-5, "bwd": 1e-4}
+"""Largest relative error of a whole model in fp32, against the peer's in fp64."""
+
 SEEDS = 8
 """Draws of the inputs over which eager's error is taken, the tested one first."""
 
