@@ -26,6 +26,7 @@ OP_FILES = (
     "csrc/ops/{}.cpp",
     "tests/ops/test_{}.py",
 )
+NOT_YET_ON_GPUS = {"patch_embed"}  # its Triton and CUDA kernels are yet to come
 CPP = (".h", ".cpp", ".cu", ".cuh", ".inl")
 VARIABLE = re.compile(r"VLM_[A-Z0-9_]+|MAX_JOBS")
 
@@ -56,7 +57,8 @@ def imports(file: Path) -> Iterator[tuple[str, str | None]]:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("file", OP_FILES)
 def test_each_op_has_one_name_everywhere(op: str, file: str) -> None:
-    assert (ROOT / file.format(op)).is_file()
+    expected = not ("_triton" in file and op in NOT_YET_ON_GPUS)
+    assert (ROOT / file.format(op)).is_file() == expected
 
 
 @pytest.mark.parametrize(
