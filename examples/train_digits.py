@@ -27,12 +27,14 @@ from tqdm import tqdm
 import vlm_kernels
 
 REQUIRED_ACCURACY = 0.95
+STEPS = {"clip": 300, "siglip": 500}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--loss", choices=("clip", "siglip"), default="clip")
-    parser.add_argument("--steps", type=int, default=300, help="default: 300")
+    defaults = " or ".join(f"{steps} ({loss})" for loss, steps in STEPS.items())
+    parser.add_argument("--steps", type=int, help=f"default: {defaults}")
     parser.add_argument("--batch", type=int, default=128, help="pairs in a batch, default: 128")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="demo.png", help="the picture, default: demo.png")
@@ -43,6 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--threads", type=int, default=torch.get_num_threads(), help="for the loss at that N"
     )
     args = parser.parse_args(argv)
+    args.steps = STEPS[args.loss] if args.steps is None else args.steps
     if min(args.steps, args.batch) < 2 or args.threads < 1:
         parser.error("--steps and --batch must be at least 2, --threads at least 1")
     if not Path(args.out).absolute().parent.is_dir():

@@ -16,6 +16,7 @@ from .losses import Loss
 from .measure import Cost, peak_rss, reset_peak_rss
 
 LEARNING_RATE = 3e-3
+GRADIENT_NORM = 1.0  # at most; without it SigLIP learns late or never at this rate
 
 
 class Training:
@@ -38,6 +39,7 @@ class Training:
         loss = self.loss(*self.model(images, tokens))
         self.optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.optimizer.step()
         self.schedule.step()
         self.seconds.append(time.perf_counter() - start)
