@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from pathlib import Path
 
@@ -27,12 +28,15 @@ from tqdm import tqdm
 import vlm_kernels
 
 REQUIRED_ACCURACY = 0.95
+STEPS = {"clip": 300, "siglip": 500}
+MAX_NORM = {"clip": math.inf, "siglip": 1.0}  # at this rate SigLIP learns late or never without it
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--loss", choices=("clip", "siglip"), default="clip")
-    parser.add_argument("--steps", type=int, default=300, help="default: 300")
+    defaults = " or ".join(f"{steps} ({loss})" for loss, steps in STEPS.items())
+    parser.add_argument("--steps", type=int, help=f"default: {defaults}")
     parser.add_argument("--batch", type=int, default=128, help="pairs in a batch, default: 128")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="demo.png", help="the picture, default: demo.png")
@@ -43,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--threads", type=int, default=torch.get_num_threads(), help="for the loss at that N"
     )
     args = parser.parse_args(argv)
+    args.steps = STEPS[args.loss] if args.steps is None else args.steps
     if min(args.steps, args.batch) < 2 or args.threads < 1:
         parser.error("--steps and --batch must be at least 2, --threads at least 1")
     if not Path(args.out).absolute().parent.is_dir():
@@ -62,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = Tokenizer()
     model = build(args.loss, tokenizer, args.batch)
     plain_model = in_plain_pytorch(copy.deepcopy(model))
-    plain = Training("plain PyTorch", plain_model, PLAIN[args.loss], args.steps)
-    ours = Training("vlm_kernels", model, OURS[args.loss], args.steps)
+    rest = args.steps, MAX_NORM[args.loss]
+    plain = Training("plain PyTorch", plain_model, PLAIN[args.loss], *rest)
+    ours = Training("vlm_kernels", model, OURS[args.loss], *rest)
 
     stream = batches(images, labels, tokenizer, steps=args.steps, batch=args.batch, seed=args.seed)
     progress = tqdm(stream, "training both", args.steps, unit="step", mininterval=0.5)

@@ -21,8 +21,11 @@ LEARNING_RATE = 3e-3
 class Training:
     """A model, the loss it is trained with, and what was measured on the way."""
 
-    def __init__(self, name: str, model: nn.Module, loss: Loss, steps: int) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, loss: Loss, steps: int, max_norm: float
+    ) -> None:
         self.name, self.model, self.loss = name, model, loss
+        self.max_norm = max_norm  # of the gradient of all parameters; longer ones are cut to it
         self.optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.98))
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, LEARNING_RATE, steps, pct_start=0.2, cycle_momentum=False
@@ -38,6 +41,7 @@ class Training:
         loss = self.loss(*self.model(images, tokens))
         self.optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
         self.schedule.step()
         self.seconds.append(time.perf_counter() - start)
