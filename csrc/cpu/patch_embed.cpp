@@ -15,7 +15,8 @@
 namespace vlm::cpu::VLM_ISA {
 namespace {
 
-constexpr int64_t kRows = 64;     // tokens of a block
+constexpr int64_t kRows = 128;  // tokens of a block
+constexpr int64_t kEven = 4;
 constexpr int64_t kDepth = 1024;  // pixels multiplied at once, so that both operands stay in L2
 
 template <class T>
@@ -47,10 +48,12 @@ class Forward {
     fold_shift<T>(in_, shift_);
     parallel_for(panels_, [&](int64_t panel, int thread) { fold_panel(panel, thread); });
     const int64_t tokens = in_.images.batch * in_.patches();
-    const int64_t blocks = ceil_div(tokens, kRows);
+    // evenly, and a multiple of most numbers of threads
+    const int64_t rows = ceil_div(tokens, round_up(ceil_div(tokens, kRows), kEven));
+    const int64_t blocks = ceil_div(tokens, rows);
     parallel_for(blocks + in_.images.batch, [&](int64_t i, int thread) {
       if (i < blocks) {
-        block(i * kRows, min(kRows, tokens - i * kRows), thread);
+        block(i * rows, min(rows, tokens - i * rows), thread);
         gemm_.release();
       } else {
         other_rows(i - blocks);
@@ -84,10 +87,11 @@ class Forward {
 
   // Features [64 panel, 64 panel + 64) of the weight and of the biases.
   void fold_panel(int64_t panel, int thread) {
-    static_assert(kRows == kPanel);
+    static_assert(kRows >= kPanel);
     const Buffers b = buffers(thread);
     const int64_t first = panel * kPanel, count = min(kPanel, in_.embed_dim - first);
     const int64_t columns = in_.columns();
+    const int paddings = in_.pad_normalised ? kPaddings : 1;
     const char* given = static_cast<const char*>(in_.bias);
     for (int64_t r = 0; r < count; ++r) {
       fold_row(in_, first + r, b.wide, b.row);
@@ -97,10 +101,10 @@ class Forward {
       for (int64_t k = 0; k < columns; k += kLanes) {
         put(row + k, load(b.row + k));
         const vf rounded = to_f32(reinterpret_cast<const char*>(row + k), kType);
-        for (int p = 0; p < kPaddings; ++p) lowered[p] += rounded * load(shift_ + p * ld_ + k);
+        for (int p = 0; p < paddings; ++p) lowered[p] += rounded * load(shift_ + p * ld_ + k);
       }
       const float own = given ? load_f32(given, in_.dtype, first + r, in_.embed_dim)[0] : 0.f;
-      for (int p = 0; p < kPaddings; ++p) {
+      for (int p = 0; p < paddings; ++p) {
         bias_[p * panels_ * kPanel + first + r] = own - hsum(lowered[p]);
       }
     }

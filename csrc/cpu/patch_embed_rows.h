@@ -203,6 +203,18 @@ struct Columns {
   }
 };
 
+// to[3 i + c] = from[c * count + i] * scale[c], which the compiler turns into shuffles.
+VLM_INLINE void interleave_3(const float* from, int64_t count, const float* scale,
+                             float* __restrict to) {
+  const float *a = from, *b = from + count, *c = from + 2 * count;
+  const float x = scale[0], y = scale[1], z = scale[2];
+  for (int64_t i = 0; i < count; ++i) {
+    to[3 * i] = a[i] * x;
+    to[3 * i + 1] = b[i] * y;
+    to[3 * i + 2] = c[i] * z;
+  }
+}
+
 // A row of the weight in fp32, its columns those of an operand, times the channel's scale. `wide`
 // (weight columns + 16) and `to` (columns + 16) are scratch and result.
 VLM_INLINE void fold_row(const PatchEmbedInputs& in, int64_t row, float* wide, float* to) {
@@ -220,6 +232,9 @@ VLM_INLINE void fold_row(const PatchEmbedInputs& in, int64_t row, float* wide, f
         for (int64_t k = 0; k < c.patch; ++k) first[k] += first[t * c.patch + k];
       }
     }
+  }
+  if (c.interleaved && !c.channels_last && c.channels == 3 && c.times() == 1) {
+    return interleave_3(wide, c.patch, in.scale, to);
   }
   Columns::for_each(c,
                     [&](int64_t k, int64_t from, int64_t channel)
