@@ -14,7 +14,7 @@
 namespace vlm::cpu::VLM_ISA {
 namespace {
 
-constexpr int64_t kTokens = 512;    // of a block
+constexpr int64_t kTokens = 1024;   // of a block
 constexpr int64_t kFeatures = 128;  // of a tile of dW'
 constexpr int64_t kRows = 64;       // tokens of a block of dX
 constexpr int64_t kPad = 32;        // keeps leading dimensions off multiples of a page
@@ -119,8 +119,9 @@ class Backward {
       return;
     }
     const int64_t step = kPerWord<T>;
-    for (int64_t first = 0; first < tokens_; first += kTokens) {
-      const int64_t count = min(kTokens, tokens_ - first);
+    const int64_t most = round_up(ceil_div(tokens_, ceil_div(tokens_, kTokens)), kLanes);  // evenly
+    for (int64_t first = 0; first < tokens_; first += most) {
+      const int64_t count = min(most, tokens_ - first);
       const int64_t depth = round_up(count, step);
       const int64_t turns = embed_ / kPanel, pairs = grads_.weight ? depth / step : 0;
       constexpr int64_t kPairs = 32;  // of a unit
