@@ -13,11 +13,16 @@ namespace vlm::cpu::VLM_ISA {
 
 typedef uint8_t vb __attribute__((vector_size(16)));
 
-// Sixteen pixels, or elements of a row of any dtype.
-VLM_INLINE vf pixels(const char* p, DType dtype) {
-  if (dtype == DType::u8) return convert<vf>(convert<vi>(load_as<vb>(p)));
-  return to_f32(p, dtype);
-}
+// Sixteen pixels.
+struct Bytes {
+  static constexpr int64_t kSize = 1;
+  VLM_INLINE vf read(const char* p) { return convert<vf>(convert<vi>(load_as<vb>(p))); }
+};
+template <DType kType>
+struct Floats {
+  static constexpr int64_t kSize = element_size(kType);
+  VLM_INLINE vf read(const char* p) { return to_f32(p, kType); }
+};
 
 VLM_INLINE void put(float* to, vf x) { store(to, x); }
 VLM_INLINE void put(bf16_t* to, vf x) { store(to, to_bf16_native(x)); }
@@ -112,14 +117,14 @@ VLM_INLINE const char* images_end(const PatchEmbedInputs& in) {
                        (in.grid_frames * in.depth - 1) * im.frame_stride +
                        (im.channels - 1) * im.channel_stride + (im.height - 1) * im.row_stride +
                        (im.width - 1) * im.column_stride;
-  return static_cast<const char*>(im.data) + (last + 1) * element_size(im.dtype);
+  return static_cast<const char*>(im.data) + (last + 1) * im.pixel_size();
 }
 
 // The pixels of a patch less in.centre, those beyond the image as padding says, and 0 up to the
 // next even column. Centred pixels lose nothing in T, and their sums cancel less against the bias.
-template <class T, DType kType>
+template <class T, class Pixels>
 VLM_INLINE void gather_patch(const PatchEmbedInputs& in, const Token& t, const char* end, T* row) {
-  constexpr int64_t kSize = element_size(kType);
+  constexpr int64_t kSize = Pixels::kSize;
   const char* const data = static_cast<const char*>(in.images.data);
   const int64_t length = Runs(in).length;
   const vf centre = broadcast(in.centre);
@@ -128,13 +133,13 @@ VLM_INLINE void gather_patch(const PatchEmbedInputs& in, const Token& t, const c
     T* const to = row + column;
     if (inside == length && p + round_up(length, kLanes) * kSize <= end) {
       for (int64_t i = 0; i < length; i += kLanes)
-        put(to + i, pixels(p + i * kSize, kType) - centre);
+        put(to + i, Pixels::read(p + i * kSize) - centre);
       return;
     }
     for (int64_t i = 0; i < length; i += kLanes) {
       alignas(64) char tail[64] = {};
       if (i < inside) std::memcpy(tail, p + i * kSize, min(kLanes, inside - i) * kSize);
-      const vf x = pixels(tail, kType) - centre;
+      const vf x = Pixels::read(tail) - centre;
       const vi there = less(iota(static_cast<int32_t>(i)), static_cast<int32_t>(inside));
       put(to + i, in.pad_normalised ? select(there, x, vf{}) : x);
     }
@@ -144,15 +149,14 @@ VLM_INLINE void gather_patch(const PatchEmbedInputs& in, const Token& t, const c
 
 template <class T>
 VLM_INLINE void gather(const PatchEmbedInputs& in, const Token& t, const char* end, T* row) {
+  if (in.images.bytes) return gather_patch<T, Bytes>(in, t, end, row);
   switch (in.images.dtype) {
-    case DType::u8:
-      return gather_patch<T, DType::u8>(in, t, end, row);
     case DType::f32:
-      return gather_patch<T, DType::f32>(in, t, end, row);
+      return gather_patch<T, Floats<DType::f32>>(in, t, end, row);
     case DType::bf16:
-      return gather_patch<T, DType::bf16>(in, t, end, row);
+      return gather_patch<T, Floats<DType::bf16>>(in, t, end, row);
     case DType::f16:
-      return gather_patch<T, DType::f16>(in, t, end, row);
+      return gather_patch<T, Floats<DType::f16>>(in, t, end, row);
   }
 }
 

@@ -60,13 +60,11 @@ struct Args {
 
 // --- checks ---
 
-DType pixel_dtype(const Tensor& images) {
-  if (images.scalar_type() == at::kByte) return DType::u8;
-  TORCH_CHECK_TYPE(images.scalar_type() == at::kFloat || images.scalar_type() == at::kBFloat16 ||
-                       images.scalar_type() == at::kHalf,
+void check_pixels(const Tensor& images) {
+  TORCH_CHECK_TYPE(images.scalar_type() == at::kByte || images.scalar_type() == at::kFloat ||
+                       images.scalar_type() == at::kBFloat16 || images.scalar_type() == at::kHalf,
                    kOp, ": images are ", images.scalar_type(),
                    ", expected uint8, float32, bfloat16 or float16");
-  return feature_dtype(kOp, "images", images);
 }
 
 void check_images(const Args& a) {
@@ -75,7 +73,7 @@ void check_images(const Args& a) {
   TORCH_CHECK_VALUE(a.images.dim() == 4 || a.images.dim() == 5, kOp, ": images have shape ",
                     a.images.sizes(), ", expected ", still, " or, for videos, ", video,
                     "; add a dimension with images[None]");
-  pixel_dtype(a.images);
+  check_pixels(a.images);
   TORCH_CHECK_VALUE(a.temporal >= 1 && a.merge >= 1, kOp, ": temporal is ", a.temporal,
                     " and merge ", a.merge, ", expected numbers from 1 on");
   TORCH_CHECK_VALUE(
@@ -184,7 +182,8 @@ struct Call {
     const int64_t n = images_.dim();
     PatchImages& im = in.images;
     im.data = images_.const_data_ptr();
-    im.dtype = pixel_dtype(images_);
+    im.bytes = images_.scalar_type() == at::kByte;
+    if (!im.bytes) im.dtype = feature_dtype(kOp, "images", images_);
     im.batch = a.batch();
     im.channels = a.channels();
     im.height = a.height();
@@ -213,13 +212,13 @@ struct Call {
     in.weight_stride = weight_.size(1);
     in.channels_last = a.yxc;
     in.collapse = a.video() ? 1 : a.temporal;
-    const double rescale = im.dtype == DType::u8 ? a.rescale : 1.0;
+    const double rescale = im.bytes ? a.rescale : 1.0;
     for (int64_t c = 0; c < im.channels; ++c) {
       scale_.push_back(static_cast<float>(rescale / (a.std.empty() ? 1.0 : a.std[c])));
       shift_.push_back(static_cast<float>((a.mean.empty() ? 0.0 : a.mean[c]) / rescale));
     }
     for (const float shift : shift_) in.centre += shift / static_cast<float>(shift_.size());
-    if (im.dtype == DType::u8) in.centre = std::round(std::clamp(in.centre, 0.f, 255.f));
+    if (im.bytes) in.centre = std::round(std::clamp(in.centre, 0.f, 255.f));
     in.scale = scale_.data();
     in.shift = shift_.data();
     in.pad_normalised = a.pad_normalised;

@@ -14,10 +14,12 @@ namespace vlm {
 // channel is innermost: column_stride == 1, or channel_stride == 1 and column_stride == channels.
 struct PatchImages {
   const void* data = nullptr;
-  DType dtype = DType::u8;
+  bool bytes = true;  // uint8; else floating-point, of
+  DType dtype = DType::f32;
   int64_t batch = 0, channels = 0, height = 0, width = 0;
   int64_t batch_stride = 0, frame_stride = 0, channel_stride = 0, row_stride = 0, column_stride = 0;
 
+  int64_t pixel_size() const { return bytes ? 1 : element_size(dtype); }
   bool interleaved() const { return column_stride != 1 || channels == 1; }
 };
 

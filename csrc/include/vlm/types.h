@@ -5,11 +5,9 @@
 
 namespace vlm {
 
-enum class DType { f32, bf16, f16, u8 };  // u8: of pixels only
+enum class DType { f32, bf16, f16 };
 
-constexpr int64_t element_size(DType dtype) {
-  return dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
-}
+constexpr int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // A row-major matrix view: unit column stride, any row stride (in elements).
 struct MatrixRef {
