@@ -49,7 +49,7 @@ class Forward {
     parallel_for(panels_, [&](int64_t panel, int thread) { fold_panel(panel, thread); });
     const int64_t tokens = in_.images.batch * in_.patches();
     // evenly, and a multiple of most numbers of threads
-    const int64_t rows = ceil_div(tokens, round_up(ceil_div(tokens, kRows), kEven));
+    const int64_t rows = max(1, ceil_div(tokens, max(1, round_up(ceil_div(tokens, kRows), kEven))));
     const int64_t blocks = ceil_div(tokens, rows);
     parallel_for(blocks + in_.images.batch, [&](int64_t i, int thread) {
       if (i < blocks) {

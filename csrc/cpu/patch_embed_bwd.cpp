@@ -119,7 +119,8 @@ class Backward {
       return;
     }
     const int64_t step = kPerWord<T>;
-    const int64_t most = round_up(ceil_div(tokens_, ceil_div(tokens_, kTokens)), kLanes);  // evenly
+    const int64_t blocks = max(1, ceil_div(tokens_, kTokens));  // evenly
+    const int64_t most = max(kLanes, round_up(ceil_div(tokens_, blocks), kLanes));
     for (int64_t first = 0; first < tokens_; first += most) {
       const int64_t count = min(most, tokens_ - first);
       const int64_t depth = round_up(count, step);
@@ -207,12 +208,26 @@ class Backward {
     }
   }
 
+  // Row `at` of words of a right operand, panels of (depth, 64) words: one row of elements, or two.
+  void put_words(const T* rows, T* to, int64_t at, int64_t depth) const {
+    uint32_t* const words = reinterpret_cast<uint32_t*>(to) + at * kPanel;
+    for (int64_t k = 0; k < panels_ * kPanel; k += kLanes) {
+      uint32_t* const word = words + k / kPanel * depth * kPanel + k % kPanel;
+      if (k >= in_.columns()) {
+        store(word, vu{});
+      } else if constexpr (sizeof(T) == 4) {
+        store(word, (vu)load(rows + k));
+      } else {
+        store(word, convert<vu>(load(rows + k)) | (convert<vu>(load(rows + ld_ + k)) << 16));
+      }
+    }
+  }
+
   // Words [begin, end) of the block's patches as the right operand: panels of (depth, 64).
   void pack_patches(int64_t first, int64_t count, int64_t begin, int64_t end, int64_t depth,
                     const Buffers& b) {
     constexpr int64_t kStep = kPerWord<T>;
     const char* const last = images_end(in_);
-    uint32_t* const words = reinterpret_cast<uint32_t*>(patches_);
     for (int64_t pair = begin; pair < end; ++pair) {
       for (int64_t i = 0; i < kStep; ++i) {
         T* const row = b.rows + i * ld_;
@@ -222,17 +237,7 @@ class Backward {
           std::memset(row, 0, ld_ * sizeof(T));
         }
       }
-      for (int64_t k = 0; k < panels_ * kPanel; k += kLanes) {
-        uint32_t* const to =
-            words + k / kPanel * (depth / kStep) * kPanel + pair * kPanel + k % kPanel;
-        if (k >= in_.columns()) {
-          store(to, vu{});
-        } else if constexpr (sizeof(T) == 4) {
-          store(to, (vu)load(b.rows + k));
-        } else {
-          store(to, convert<vu>(load(b.rows + k)) | (convert<vu>(load(b.rows + ld_ + k)) << 16));
-        }
-      }
+      put_words(b.rows, patches_, pair, depth / kStep);
     }
   }
 
@@ -290,18 +295,7 @@ class Backward {
         fold_row(in_, i * kStep + j, b.wide, b.row);
         for (int64_t k = 0; k < in_.columns(); k += kLanes) put(row + k, load(b.row + k));
       }
-      uint32_t* const words = reinterpret_cast<uint32_t*>(folded_);
-      const int64_t depth = words_ / kStep;
-      for (int64_t k = 0; k < panels_ * kPanel; k += kLanes) {
-        uint32_t* const to = words + k / kPanel * depth * kPanel + i * kPanel + k % kPanel;
-        if (k >= in_.columns()) {
-          store(to, vu{});
-        } else if constexpr (sizeof(T) == 4) {
-          store(to, (vu)load(b.rows + k));
-        } else {
-          store(to, convert<vu>(load(b.rows + k)) | (convert<vu>(load(b.rows + ld_ + k)) << 16));
-        }
-      }
+      put_words(b.rows, folded_, i, words_ / kStep);
     });
     const bool gaps = in_.stride_height > in_.patch_height || in_.stride_width > in_.patch_width;
     if (overlaps_ || gaps) {

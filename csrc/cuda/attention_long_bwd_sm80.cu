@@ -22,13 +22,13 @@ struct LongBwd {
   Problem p;
   BackwardArgs a;
   Logit logit;
-  float2* rows;    // (batch, heads, queries): see rows_kernel
-  float* spread;   // likewise; null without an additive mask
-  int2* bounds;    // (range batches, range heads, row_tiles); null without ranges
-  float* partial;  // (splits, batch, heads, queries, head_dim); null where splits == 1
-  int row_tiles;
-  int splits;      // of the keys, for the gradient of the queries
-  int key_blocks;  // CTAs that own keys; those that own queries come after them
+  float2* rows = nullptr;    // (batch, heads, queries): see rows_kernel
+  float* spread = nullptr;   // likewise; null without an additive mask
+  int2* bounds = nullptr;    // (range batches, range heads, row_tiles); null without ranges
+  float* partial = nullptr;  // (splits, batch, heads, queries, head_dim); null where splits == 1
+  int row_tiles = 0;
+  int splits = 0;      // of the keys, for the gradient of the queries
+  int key_blocks = 0;  // CTAs that own keys; those that own queries come after them
 
   __device__ __forceinline__ int64_t row(int batch, int head, int query) const {
     return (static_cast<int64_t>(batch) * p.heads + head) * p.queries + query;

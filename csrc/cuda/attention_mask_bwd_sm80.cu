@@ -194,7 +194,7 @@ __device__ __forceinline__ void write_sums(const float (&sum)[M::kBlocks][4], fl
     }
   }
   __syncthreads();
-  if (threadIdx.x >= keys) return;
+  if (static_cast<int>(threadIdx.x) >= keys) return;
   float x = 0.f;
   for (int w = 0; w < M::kWarps; ++w) x += shared[w][threadIdx.x];
   to[threadIdx.x] = x;

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _backends, config, reference
 from .._load import _C, warn_once
+from ._autocast import cast
 from ._kv_range import (
     causal,
     causal_lower_right,
@@ -364,16 +365,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _autocast(query: Any, key: Any, value: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
-    """As torch's own autocast of attention, which leaves fp64 alone; an fp32 mask stays so."""
-
-    def cast(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
-            return x
-        device = x.device.type
-        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-            return x
-        return x.to(torch.get_autocast_dtype(device))
-
+    """As torch's own of attention: an fp32 mask stays so."""
     wide = isinstance(mask, Tensor) and mask.dtype == torch.float32
     return cast(query), cast(key), cast(value), mask if wide else cast(mask)
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from .. import _backends, config
 from .._load import _C, warn_once
 from ..reference import contrastive as _reference
+from ._autocast import cast
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DIRECTIONS = {"image_to_text": 1, "text_to_image": 2, "both": 3}
@@ -96,7 +97,7 @@ def clip_loss(
     if directions not in _DIRECTIONS:
         raise ValueError(_unknown("clip_loss", "directions", directions, _DIRECTIONS))
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        image_features, text_features = _autocast(image_features, text_features)
+        image_features, text_features = cast(image_features), cast(text_features)
     chosen = _choose("clip_loss", image_features, text_features, reduction, backend)
     if chosen in ("reference", "triton"):
         _check_reference(
@@ -237,7 +238,7 @@ def siglip_loss(
         As `clip_loss`.
     """
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        image_features, text_features = _autocast(image_features, text_features)
+        image_features, text_features = cast(image_features), cast(text_features)
     chosen = _choose("siglip_loss", image_features, text_features, reduction, backend)
     if chosen in ("reference", "triton"):
         _check_reference(
@@ -540,19 +541,6 @@ def _warn_large(op: str, image: Tensor, text: Tensor) -> None:
             f"holds the {image.shape[0]} x {text.shape[0]} matrix several times over, "
             f"{size / 2**30:.1f} GiB each; vlm_kernels.explain({op!r}, ...) says why",
         )
-
-
-def _autocast(image: Any, text: Any) -> tuple[Any, Any]:
-    def cast(x: Any) -> Any:
-        # as torch's own autocast, it leaves fp64 alone
-        if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
-            return x
-        device = x.device.type
-        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-            return x
-        return x.to(torch.get_autocast_dtype(device))
-
-    return cast(image), cast(text)
 
 
 def _check_labels(op: str, labels: Tensor, text: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _backends, reference
 from .._load import _C
+from ._autocast import cast
 from ._patches import (
     Pair,
     channels_of,
@@ -104,7 +105,7 @@ def patch_embed(
     """
     check_choices("patch_embed", layout, k_order, pad_space)
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        images, weight = _autocast(images), _autocast(weight)
+        images, weight = cast(images), cast(weight)
     size = pair("patch_size", patch_size)
     step = size if stride is None else pair("stride", stride)
     args = (
@@ -211,16 +212,6 @@ def _check_reference(args: tuple[Any, ...]) -> None:
             raise ValueError(f"patch_embed: {name} has shape {tuple(x.shape)}, expected {expected}")
     if newline is not None and merge > 1:
         raise ValueError(f"patch_embed: newline came with merge = {merge}")
-
-
-def _autocast(x: Any) -> Any:
-    """As torch's own autocast of linear, which leaves fp64 and pixels of 8 bits alone."""
-    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
-        return x
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:
